@@ -1,0 +1,1 @@
+"""Flax linen modules: no losses, no config objects, no method names."""

@@ -1,0 +1,1 @@
+"""Pure pieces on arrays: attention, masking, positions, patches, randomness."""

@@ -1,0 +1,397 @@
+"""What evaluators share: where they run, batches on the mesh, and `build`.
+
+An evaluator is a file of this folder whose name is its `type` in the config.
+It sees parameters and a split of the data, returns flat numbers, and keeps
+its hands off everything else: no training state, no global random numbers.
+Every metric is a sum over examples divided once on the host, and padding is
+dropped by a mask, so results do not depend on the evaluation batch size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import pathlib
+import pkgutil
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import jax
+import ml_collections
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vlp_jax.data import pipeline, sources
+from vlp_jax.errors import UserError
+from vlp_jax.methods.base import Method, Params
+
+# Cosines closer than this are a tie. One caption encoded in two rows of two
+# batches differs in the last bits, and those must not decide a rank.
+TIE = 1e-6
+
+# The fields of every `evals.<name>`, and what holds where a config is silent.
+COMMON_FIELDS = {
+  "type": "",
+  "split": "validation",
+  "every_steps": 0,
+  "prefix": "eval",
+  "batch_size": 128,
+  "use_ema": False,
+  "max_examples": 0,
+}
+
+
+class NotApplicableError(UserError):
+  """The data cannot serve an evaluator; `build_all` leaves it out."""
+
+
+class Subset:
+  """A view of some records of a source, in the order given."""
+
+  def __init__(self, source, indices: Sequence[int]):
+    self._source = source
+    self._indices = indices
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    return self._source[self._indices[index]]
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._source, name)
+
+
+class _Memo:
+  """Values computed from one set of parameters, forgotten with the next.
+
+  Parameters are known by the identity of their arrays. They are held weakly:
+  a cache must not keep old weights on the device.
+  """
+
+  def __init__(self):
+    self._owner = []
+    self._values = {}
+
+  def get(self, params: Params, key, compute: Callable[[], Any]) -> Any:
+    leaves = jax.tree.leaves(params)
+    same = len(leaves) == len(self._owner) and all(
+      ref() is leaf for ref, leaf in zip(self._owner, leaves, strict=True)
+    )
+    if not same:
+      self._owner = [weakref.ref(leaf) for leaf in leaves]
+      self._values = {}
+    if key not in self._values:
+      self._values[key] = compute()
+    return self._values[key]
+
+
+@dataclasses.dataclass(frozen=True)
+class Env:
+  """Where evaluators run.
+
+  Attributes:
+    config: the run's whole config.
+    mesh: axes ('data', 'fsdp', 'tensor').
+    tokenizer: the run's tokenizer.
+    workdir: the run's folder, or None.
+  """
+
+  config: ml_collections.ConfigDict
+  mesh: Mesh
+  tokenizer: Any
+  workdir: pathlib.Path | None = None
+  _sources: dict = dataclasses.field(
+    default_factory=dict, init=False, repr=False, compare=False
+  )
+  _memo: _Memo = dataclasses.field(
+    default_factory=_Memo, init=False, repr=False, compare=False
+  )
+
+  def source(self, split: str):
+    """Opens a split once.
+
+    'train', 'validation' and 'test' stand for `data.train_split`,
+    `data.val_split` and `data.test_split`; any other name is the data's own.
+
+    Raises:
+      UserError: if the data has no such split.
+    """
+    data = self.config.data
+    names = {
+      "train": data.get("train_split", "train"),
+      "validation": data.get("val_split", "validation"),
+      "test": data.get("test_split", "test"),
+    }
+    name = names.get(split, split)
+    if name not in self._sources:
+      self._sources[name] = sources.open_source(data, name)
+    return self._sources[name]
+
+  def memo(self, params: Params, key, compute: Callable[[], Any]) -> Any:
+    """Returns `compute()`, once for these parameters and this key."""
+    return self._memo.get(params, key, compute)
+
+
+def padded_size(batch_size: int, mesh: Mesh) -> int:
+  """Rounds a batch size up to the devices that share a batch."""
+  devices = mesh.shape["data"] * mesh.shape["fsdp"]
+  return -(-batch_size // devices) * devices
+
+
+def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """Lays the rows of a batch that every host holds whole over the mesh."""
+  sharding = NamedSharding(mesh, P(("data", "fsdp")))
+  return {
+    name: jax.make_array_from_callback(
+      value.shape, sharding, lambda index, value=value: value[index]
+    )
+    for name, value in batch.items()
+  }
+
+
+@functools.lru_cache(maxsize=128)
+def compiled(method: Method, capability: str, mesh: Mesh, **static):
+  """Jits `method.<capability>(params, batch, **static)`, results on all hosts.
+
+  One function for each method, capability and mesh, so that evaluators share
+  what is compiled.
+  """
+  function = functools.partial(getattr(method, capability), **static)
+  return jax.jit(function, out_shardings=NamedSharding(mesh, P()))
+
+
+def run_batches(
+  function: Callable,
+  params: Params,
+  batches: Iterable[dict[str, np.ndarray]],
+  mesh: Mesh,
+) -> np.ndarray:
+  """Applies `function(params, batch)` to every batch and drops the padding.
+
+  Args:
+    function: returns an array `[B, ...]`.
+    params: the method's parameters.
+    batches: dicts with `mask` bool `[B]` and what the function reads, `[B, ...]`.
+    mesh: where the batches go.
+
+  Returns:
+    One row for each unmasked example, `[N, ...]`, in order.
+  """
+  done, pending = [], None
+  for batch in batches:
+    inputs = {k: v for k, v in batch.items() if k not in ("mask", "image_id")}
+    started = function(params, put(inputs, mesh)), batch["mask"]
+    # Fetch one batch late: the device works while the host decodes.
+    if pending is not None:
+      done.append(np.asarray(pending[0])[pending[1]])
+    pending = started
+  if pending is None:
+    raise ValueError("no batches to evaluate")
+  done.append(np.asarray(pending[0])[pending[1]])
+  return np.concatenate(done)
+
+
+class Evaluator:
+  """Base of every evaluator.
+
+  Attributes:
+    needs: capabilities of the method without which it cannot run.
+    annotated: whether it needs pictures with annotated objects.
+    fields: its own config fields beside `COMMON_FIELDS`, with defaults.
+    method, config, env: as given.
+    source: the split's records, the first `max_examples` if that is not 0.
+  """
+
+  needs: ClassVar[tuple[str, ...]] = ()
+  annotated: ClassVar[bool] = False
+  fields: ClassVar[dict[str, Any]] = {}
+
+  def __init__(self, method: Method, config, env: Env):
+    self.method = method
+    self.config = config
+    self.env = env
+    source = env.source(config.split)
+    count = min(config.max_examples or len(source), len(source))
+    self.source = Subset(source, range(count))
+    self.batch_size = padded_size(config.batch_size, env.mesh)
+
+  def run(self, params: Params) -> dict[str, float]:
+    """Returns metrics by name, without a prefix; fractions in [0, 1]."""
+    raise NotImplementedError
+
+  @functools.cached_property
+  def records(self) -> list[dict[str, Any]]:
+    """The records without their pictures, read once."""
+    keep = []
+    for index in range(len(self.source)):
+      record = dict(self.source[index])
+      record.pop("image")
+      keep.append(record)
+    return keep
+
+  def has(self, capability: str) -> bool:
+    """Tells whether the method can do something."""
+    return hasattr(self.method, capability)
+
+  def on_images(
+    self,
+    params: Params,
+    capability: str,
+    indices: Sequence[int] | None = None,
+    **static,
+  ) -> np.ndarray:
+    """Applies a capability of the method to pictures, `[N, ...]`."""
+    source = self.source if indices is None else Subset(self.source, indices)
+    batches = pipeline.eval_images(source, self.env.config, self.batch_size)
+    function = compiled(self.method, capability, self.env.mesh, **static)
+    return run_batches(function, params, batches, self.env.mesh)
+
+  def on_texts(self, params: Params, texts: Sequence[str]) -> np.ndarray:
+    """Encodes texts, `[N, E]` float32."""
+    function = compiled(self.method, "encode_text", self.env.mesh)
+    return run_batches(
+      function, params, self._text_batches(texts), self.env.mesh
+    )
+
+  def on_pairs(
+    self,
+    params: Params,
+    capability: str,
+    pairs: Sequence[tuple[int, str]],
+    **static,
+  ) -> np.ndarray:
+    """Applies a capability to (place of the picture, text) pairs, `[N, ...]`.
+
+    A picture is decoded once where its pairs follow one another.
+    """
+    size = self.env.config.data.image_size
+    decode = functools.lru_cache(maxsize=1)(
+      lambda index: pipeline.decode_image(self.source[index]["image"], size)
+    )
+
+    def batches():
+      texts = self._text_batches([text for _, text in pairs])
+      for start, batch in enumerate(texts):
+        rows = pairs[start * self.batch_size :][: self.batch_size]
+        image = np.stack([decode(index) for index, _ in rows])
+        yield batch | {"image": pad_rows(image, self.batch_size)}
+
+    function = compiled(self.method, capability, self.env.mesh, **static)
+    return run_batches(function, params, batches(), self.env.mesh)
+
+  def encode_images(self, params: Params) -> np.ndarray:
+    """Embeds every picture of the split, `[N, E]`, once for these weights."""
+    key = ("images", self.method, self.config.split, len(self.source))
+    return self.env.memo(
+      params, key, lambda: self.on_images(params, "encode_image")
+    )
+
+  def encode_texts(self, params: Params, texts: Sequence[str]) -> np.ndarray:
+    """Embeds texts, `[N, E]`, once for these weights and these texts."""
+    key = ("texts", self.method, tuple(texts))
+    return self.env.memo(params, key, lambda: self.on_texts(params, texts))
+
+  def _text_batches(self, texts) -> Iterator[dict[str, np.ndarray]]:
+    max_len = self.env.config.tokenizer.max_len
+    for start in range(0, len(texts), self.batch_size):
+      rows = list(texts[start : start + self.batch_size])
+      text, text_len = self.env.tokenizer.encode_batch(rows, max_len)
+      yield {
+        "text": pad_rows(text, self.batch_size),
+        "text_len": pad_rows(text_len, self.batch_size),
+        "mask": np.arange(self.batch_size) < len(rows),
+      }
+
+
+def pad_rows(rows: np.ndarray, size: int) -> np.ndarray:
+  """Repeats the first row until there are `size`: always a valid example."""
+  filler = np.broadcast_to(rows[:1], (size - len(rows), *rows.shape[1:]))
+  return np.concatenate([rows, filler])
+
+
+def available() -> list[str]:
+  """Lists the evaluator types."""
+  import vlp_jax.evaluators as package
+
+  names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+  return sorted(n for n in names if n != "base" and not n.startswith("_"))
+
+
+def build(name: str, eval_config, method: Method, env: Env) -> Evaluator:
+  """Builds one evaluator and checks that it will be able to run.
+
+  Args:
+    name: its name in `config.evals`, for messages.
+    eval_config: `config.evals.<name>`; missing fields take their defaults.
+    method: what to evaluate.
+    env: where.
+
+  Raises:
+    UserError: for an unknown type or field, a capability that the method
+      lacks, or (`NotApplicableError`) data that lacks the split or its annotations.
+  """
+  kind = eval_config.get("type", "")
+  if kind not in available():
+    raise UserError(
+      f"config.evals.{name}.type is {kind!r}, but the evaluators are "
+      f"{', '.join(available())}"
+    )
+  evaluator = importlib.import_module(f"vlp_jax.evaluators.{kind}").Evaluator
+  defaults = COMMON_FIELDS | evaluator.fields
+  for field in eval_config:
+    if field not in defaults:
+      near = difflib.get_close_matches(field, defaults, 1, 0)[0]
+      raise UserError(
+        f"config.evals.{name}.{field} is no field of the evaluator {kind!r}; "
+        f"did you mean {near!r}?"
+      )
+  config = ml_collections.ConfigDict(defaults | dict(eval_config.items()))
+  lacks = [need for need in evaluator.needs if not hasattr(method, need)]
+  if lacks:
+    raise UserError(
+      f"config.evals.{name} cannot evaluate the method "
+      f"{env.config.method.name!r}, which lacks {', '.join(lacks)}; remove "
+      f"evals.{name} from the config"
+    )
+  _check_data(name, config, evaluator, env)
+  return evaluator(method, config, env)
+
+
+def build_all(method: Method, env: Env) -> dict[str, Evaluator]:
+  """Builds what `config.evals` names and the data can serve.
+
+  Own data has neither annotated objects nor a split of unseen compositions;
+  the evaluators that need them are left out, and a log line says so.
+  """
+  evaluators = {}
+  for name, eval_config in env.config.evals.items():
+    try:
+      evaluators[name] = build(name, eval_config, method, env)
+    except NotApplicableError as error:
+      logging.warning("%s", error)
+  return evaluators
+
+
+def _check_data(name: str, config, evaluator: type[Evaluator], env: Env):
+  """Raises `NotApplicableError` unless the split can serve the evaluator."""
+  try:
+    source = env.source(config.split)
+  except UserError as error:
+    raise NotApplicableError(
+      f"evals.{name} is left out: {error}"
+    ) from error
+  if evaluator.annotated and not source.annotated:
+    raise NotApplicableError(
+      f"evals.{name} is left out: it needs pictures with annotated objects, "
+      f"and {source.name!r} has none"
+    )
+  if not len(source):
+    raise NotApplicableError(
+      f"evals.{name} is left out: split {config.split!r} is empty"
+    )

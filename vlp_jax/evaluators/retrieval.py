@@ -1,0 +1,218 @@
+"""Image-text retrieval: R@1/5/10 both ways over a whole split.
+
+Protocol of zero-shot retrieval (CoCa, section 4.2.2): all pictures and all
+captions are encoded once and ranked by cosine. Picture to text counts a hit
+if any of the picture's captions is among the first k; in text to picture each
+caption is a query. mTR and mIR are the means of the three recalls of picture
+to text and of text to picture.
+
+Ties get the recall expected when a tie is broken at random: a constant
+embedding scores chance. A score that is not a number ranks below all others.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vlp_jax.errors import UserError
+from vlp_jax.evaluators import _truth, base
+
+RECALLS = (1, 5, 10)
+# Scores held at once: 64 MiB of float32, whatever the size of the split.
+_MAX_SCORES = 2**24
+
+
+class Evaluator(base.Evaluator):
+  """`{i2t,t2i}_r{1,5,10}`, `mtr`, `mir`, each with its `_chance`.
+
+  With annotated pictures also `caption_true` and `image_true` (the share of
+  first places whose caption is true of the picture), and for every recall
+  `<metric>_bag`: what comparing nothing but the sets of colours and shapes
+  would score.
+
+  Config field `captions`: 'first' pairs a picture with its caption [0] alone
+  (on scenes the one that describes all objects), 'all' with each of them.
+  """
+
+  needs = ("encode_image", "encode_text")
+  fields = {"captions": "first"}  # noqa: RUF012
+
+  def __init__(self, method, config, env):
+    if config.captions not in ("first", "all"):
+      raise UserError(
+        f"retrieval's field captions is {config.captions!r}; it can be "
+        "'first' or 'all'"
+      )
+    super().__init__(method, config, env)
+
+  @functools.cached_property
+  def _queries(self) -> tuple[list[str], np.ndarray]:
+    """The captions, and for each the place of its picture."""
+    count = 1 if self.config.captions == "first" else None
+    chosen = [record["captions"][:count] for record in self.records]
+    owner = np.repeat(np.arange(len(chosen)), [len(c) for c in chosen])
+    return [caption for captions in chosen for caption in captions], owner
+
+  @functools.cached_property
+  def _constants(self) -> dict[str, float]:
+    """What does not depend on the method: chance levels and baselines."""
+    texts, owner = self._queries
+    pictures = np.arange(len(self.records))
+    own = np.bincount(owner)
+    chance = {
+      f"i2t_r{k}": float(recall(0 * own, len(texts) - own, own, k).mean())
+      for k in RECALLS
+    } | {f"t2i_r{k}": min(1.0, k / len(pictures)) for k in RECALLS}
+    constants = {f"{name}_chance": v for name, v in _means(chance).items()}
+    if not self.source.annotated:
+      return constants
+    objects = [record["objects"] for record in self.records]
+    rate = _truth.moved_rate(texts, owner, objects)
+    constants |= {"caption_true_chance": rate, "image_true_chance": rate}
+    image, text = _truth.picture_bags(objects), _truth.text_bags(texts)
+    scores, _ = self._score(image, text)
+    return constants | {f"{name}_bag": v for name, v in scores.items()}
+
+  def run(self, params):
+    texts, owner = self._queries
+    metrics, (first_text, first_image) = self._score(
+      self.encode_images(params), self.encode_texts(params, texts)
+    )
+    metrics |= self._constants
+    if self.source.annotated:
+      objects = [record["objects"] for record in self.records]
+      metrics["caption_true"] = float(np.mean([
+        _truth.is_true(texts[text], objects[picture])
+        for picture, text in enumerate(first_text)
+      ]))
+      metrics["image_true"] = float(np.mean([
+        _truth.is_true(texts[text], objects[picture])
+        for text, picture in enumerate(first_image)
+      ]))
+    return metrics
+
+  def _score(self, image: np.ndarray, text: np.ndarray):
+    """Returns the recalls, and the first place of each query both ways."""
+    _, owner = self._queries
+    pictures = np.arange(len(image))
+    rank = functools.partial(rank_all, mesh=self.env.mesh)
+    *i2t, first_text = rank(image, text, pictures, owner)
+    *t2i, first_image = rank(text, image, owner, pictures)
+    recalls = {f"i2t_r{k}": float(recall(*i2t, k).mean()) for k in RECALLS}
+    recalls |= {f"t2i_r{k}": float(recall(*t2i, k).mean()) for k in RECALLS}
+    return _means(recalls), (first_text, first_image)
+
+
+def _means(recalls: dict[str, float]) -> dict[str, float]:
+  """Adds `mtr` and `mir`."""
+  return recalls | {
+    "mtr": float(np.mean([recalls[f"i2t_r{k}"] for k in RECALLS])),
+    "mir": float(np.mean([recalls[f"t2i_r{k}"] for k in RECALLS])),
+  }
+
+
+def rank_all(
+  queries: np.ndarray,
+  keys: np.ndarray,
+  query_owner: np.ndarray,
+  key_owner: np.ndarray,
+  *,
+  mesh: Mesh,
+  max_scores: int = _MAX_SCORES,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+  """Ranks keys for every query, a chunk of queries at a time.
+
+  A key is right for a query if their owners are equal; what counts is the
+  right key with the best score.
+
+  Args:
+    queries: float `[N, E]`.
+    keys: float `[M, E]`.
+    query_owner: int `[N]`.
+    key_owner: int `[M]`; every query has at least one right key.
+    mesh: the queries of a chunk are spread over it.
+    max_scores: bound on chunk size times M.
+
+  Returns:
+    int `[N]` each: wrong keys above the best right one, wrong keys tied with
+    it, right keys tied with it (itself included), and the first key of all.
+  """
+  chunk = min(len(queries), max(1, max_scores // len(keys)))
+  chunk = base.padded_size(chunk, mesh)
+  keys = np.asarray(keys, np.float32)
+  key_owner = np.asarray(key_owner, np.int32)
+
+  def batches():
+    for start in range(0, len(queries), chunk):
+      rows = np.asarray(queries[start : start + chunk], np.float32)
+      owner = np.asarray(query_owner[start : start + chunk], np.int32)
+      yield {
+        "queries": base.pad_rows(rows, chunk),
+        "owner": base.pad_rows(owner, chunk),
+        "mask": np.arange(chunk) < len(rows),
+      }
+
+  counts = base.run_batches(
+    _compiled_ranks(mesh), (keys, key_owner), batches(), mesh
+  )
+  return tuple(counts.T)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled_ranks(mesh: Mesh):
+  return jax.jit(_ranks, out_shardings=NamedSharding(mesh, P()))
+
+
+def _ranks(keys_and_owner, batch) -> jax.Array:
+  """Computes `rank_all` for one chunk, int32 `[chunk, 4]`."""
+  keys, key_owner = keys_and_owner
+  scores = jnp.matmul(
+    batch["queries"], keys.T, precision=jax.lax.Precision.HIGHEST
+  )
+  scores = jnp.where(jnp.isnan(scores), -2.0, scores)
+  right = batch["owner"][:, None] == key_owner[None]
+  best = jnp.where(right, scores, -jnp.inf).max(axis=1, keepdims=True)
+  above = scores > best + base.TIE
+  tied = (scores >= best - base.TIE) & ~above
+  top = scores.max(axis=1, keepdims=True)
+  return jnp.stack(
+    [
+      (above & ~right).sum(axis=1, dtype=jnp.int32),
+      (tied & ~right).sum(axis=1, dtype=jnp.int32),
+      (tied & right).sum(axis=1, dtype=jnp.int32),
+      (scores >= top - base.TIE).argmax(axis=1).astype(jnp.int32),
+    ],
+    axis=1,
+  )
+
+
+def recall(
+  above: Sequence[int], tied: Sequence[int], right: Sequence[int], k: int
+) -> np.ndarray:
+  """Probability that a right key is among the first k, ties broken at random.
+
+  Args:
+    above: int `[N]`, wrong keys above the best right one.
+    tied: int `[N]`, wrong keys tied with it.
+    right: int `[N]`, right keys tied with it, at least 1.
+    k: places.
+
+  Returns:
+    float64 `[N]`.
+  """
+  above, tied, right = (np.asarray(x, np.int64) for x in (above, tied, right))
+  places = np.maximum(k - above, 0)
+  # Hypergeometric: all places of the tie go to wrong keys.
+  miss = np.ones(len(above))
+  for i in range(right.max(initial=0)):
+    left = np.maximum(tied + right - i, 1)
+    factor = np.clip((left - places) / left, 0, 1)
+    miss *= np.where(i < right, factor, 1)
+  return 1 - miss

@@ -1,0 +1,126 @@
+"""Multi-head attention, self and cross."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vlp_jax.models.initializers import BlockInit
+from vlp_jax.ops.attention import attend
+
+KeysValues = tuple[jax.Array, jax.Array]
+
+
+class SelfAttention(nn.Module):
+  """Attention of a sequence to itself, with one matrix for q, k and v.
+
+  Attributes:
+    num_heads: N; the width must be a multiple.
+    init: the stack's initializers.
+    dtype: of the matrix products.
+  """
+
+  num_heads: int
+  init: BlockInit
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    cache: KeysValues | None = None,
+    position: jax.Array | None = None,
+  ) -> tuple[jax.Array, KeysValues | None]:
+    """Attends.
+
+    Args:
+      x: `[B, T, D]`.
+      mask: bool `[B or 1, T, T]`, True = attend.
+      cache: when decoding, keys and values so far, each `[B, L, N, H]`; T is
+        then 1, and `mask` is not used.
+      position: int32 scalar, the place of the one token of `x` in the cache.
+
+    Returns:
+      `[B, T, D]`, and the cache with this token's keys and values in it.
+    """
+    width = x.shape[-1]
+    qkv = nn.DenseGeneral(
+      (3, self.num_heads, width // self.num_heads),
+      kernel_init=self.init.project(),
+      dtype=self.dtype,
+      name="qkv",
+    )(x)
+    q, k, v = (qkv[:, :, i] for i in range(3))
+    if cache is not None:
+      k, v = cache = tuple(
+        jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=1)
+        for old, new in zip(cache, (k, v), strict=True)
+      )
+      mask = (jnp.arange(k.shape[1]) <= position)[None, None]
+    return Out(self.init, self.dtype, name="out")(attend(q, k, v, mask)[0]), cache
+
+
+class CrossAttention(nn.Module):
+  """Attention of a sequence to a context of the other modality.
+
+  Attributes: as in `SelfAttention`.
+  """
+
+  num_heads: int
+  init: BlockInit
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    heads = (self.num_heads, self.init.width // self.num_heads)
+    self.q = nn.DenseGeneral(
+      heads,
+      kernel_init=self.init.project(),
+      dtype=self.dtype,
+    )
+    # Keys and values are made in one product: both read the same context.
+    self.kv = nn.DenseGeneral(
+      (2, *heads),
+      kernel_init=self.init.project(),
+      dtype=self.dtype,
+    )
+    self.out = Out(self.init, self.dtype)
+
+  def project(self, context: jax.Array) -> KeysValues:
+    """Returns keys and values `[B, S, N, H]` of a context `[B, S, C]`."""
+    kv = self.kv(context)
+    return kv[:, :, 0], kv[:, :, 1]
+
+  def __call__(
+    self, x: jax.Array, keys_values: KeysValues, mask: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array]:
+    """Attends.
+
+    Args:
+      x: `[B, T, D]`.
+      keys_values: what `project` returns.
+      mask: bool `[B or 1, T or 1, S]`, True = attend.
+
+    Returns:
+      `[B, T, D]` and the probabilities `[B, N, T, S]`.
+    """
+    attended, probabilities = attend(self.q(x), *keys_values, mask)
+    return self.out(attended), probabilities
+
+
+class Out(nn.Module):
+  """The matrix after attention: heads `[B, T, N, H]` to `[B, T, D]`."""
+
+  init: BlockInit
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, heads: jax.Array) -> jax.Array:
+    return nn.DenseGeneral(
+      self.init.width,
+      axis=(-2, -1),
+      kernel_init=self.init.write(heads.shape[-2] * heads.shape[-1]),
+      dtype=self.dtype,
+      name="proj",
+    )(heads)

@@ -1,0 +1,147 @@
+"""What is put on top of towers: projections, vocabulary, pixels."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vlp_jax.models import initializers
+from vlp_jax.models.transformer import layer_norm
+
+
+class TextProjection(nn.Module):
+  """Norm and bias-free matrix into the joint space, in float32.
+
+  Attributes:
+    embed_dim: E.
+    dtype: of the norm's output.
+  """
+
+  embed_dim: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps `[..., D]` to `[..., E]`, not yet of unit length."""
+    x = layer_norm("norm", self.dtype)(x)
+    return nn.Dense(
+      self.embed_dim,
+      use_bias=False,
+      kernel_init=initializers.normal(x.shape[-1] ** -0.5),
+      name="projection",
+    )(x.astype(jnp.float32))
+
+
+class VocabularyHead(nn.Module):
+  """Logits of the next token: a bias-free matrix, not tied to the embedding.
+
+  Attributes:
+    vocab_size: V.
+    width: D.
+    dtype: of the matrix product; its result is float32.
+  """
+
+  vocab_size: int
+  width: int
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    # open_clip leaves this matrix uninitialised; here it starts as its text
+    # projection does.
+    self.kernel = self.param(
+      "kernel",
+      initializers.normal(self.width**-0.5),
+      (self.width, self.vocab_size),
+    )
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps `[..., D]` to float32 `[..., V]`."""
+    return jnp.matmul(
+      x.astype(self.dtype),
+      self.kernel.astype(self.dtype),
+      preferred_element_type=jnp.float32,
+    )
+
+
+class LogitScale(nn.Module):
+  """The temperature of contrastive logits, as the logarithm of its inverse.
+
+  Attributes:
+    init: the starting value of exp(logit_scale); 1 / 0.07 in CLIP and CoCa.
+    bias: the starting value of an additive bias (SigLIP), or None.
+  """
+
+  init: float = 1 / 0.07
+  bias: float | None = None
+
+  def setup(self):
+    constant = nn.initializers.constant
+    self.logit_scale = self.param(
+      "logit_scale", constant(jnp.log(self.init)), ()
+    )
+    if self.bias is not None:
+      self.logit_bias = self.param("logit_bias", constant(self.bias), ())
+
+  def __call__(self) -> tuple[jax.Array, jax.Array | None]:
+    """Returns exp(logit_scale) and the bias (None without one)."""
+    scale = jnp.exp(self.logit_scale)
+    return scale, None if self.bias is None else self.logit_bias
+
+
+class PatchDecoderInput(nn.Module):
+  """Tokens of a masked picture for a decoder (He et al. 2022, section 3).
+
+  Visible tokens are mapped to the decoder's width, one learned token stands
+  for every hidden patch, and fixed 2-D positions say where each belongs.
+
+  Attributes:
+    width: the decoder's channels.
+    dtype: of the matrix product.
+  """
+
+  width: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, visible: jax.Array, visible_pos: jax.Array, hidden_pos: jax.Array
+  ) -> jax.Array:
+    """Builds the sequence, visible patches first.
+
+    Args:
+      visible: `[B, V, D]`.
+      visible_pos: `[B, V, width]`.
+      hidden_pos: `[B, K, width]`.
+
+    Returns:
+      `[B, V + K, width]`.
+    """
+    x = nn.Dense(
+      self.width,
+      kernel_init=nn.initializers.xavier_uniform(),
+      dtype=self.dtype,
+      name="visible",
+    )(visible)
+    token = self.param("mask_token", initializers.normal(0.02), (self.width,))
+    hidden = token.astype(self.dtype) + hidden_pos.astype(self.dtype)
+    return jnp.concatenate([x + visible_pos.astype(self.dtype), hidden], axis=1)
+
+
+class PixelHead(nn.Module):
+  """Pixels of a patch, in float32.
+
+  Attributes:
+    patch_size: side of a patch.
+  """
+
+  patch_size: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps `[B, K, D]` to `[B, K, patch_size * patch_size * 3]`."""
+    return nn.Dense(
+      3 * self.patch_size**2,
+      kernel_init=nn.initializers.xavier_uniform(),
+      name="pixels",
+    )(x.astype(jnp.float32))

@@ -1,0 +1,246 @@
+"""The one stack of transformer blocks that every tower uses."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vlp_jax.models.attention import CrossAttention, KeysValues, SelfAttention
+from vlp_jax.models.initializers import BlockInit
+
+ACTIVATIONS = {
+  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+  # Primer's squared ReLU (So et al. 2021): cheap where erf is not.
+  "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+REMAT_POLICIES = {
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def layer_norm(name: str | None = None, dtype: Any = jnp.float32) -> nn.LayerNorm:
+  """Layer norm with open_clip's epsilon; statistics are float32 always."""
+  return nn.LayerNorm(
+    epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name
+  )
+
+
+class MLP(nn.Module):
+  """Two matrices and what is between them."""
+
+  hidden: int
+  activation: str
+  init: BlockInit
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    width = x.shape[-1]
+    x = nn.Dense(
+      self.hidden,
+      kernel_init=self.init.up(self.hidden),
+      bias_init=self.init.mlp_bias(width),
+      dtype=self.dtype,
+      name="up",
+    )(x)
+    return nn.Dense(
+      width,
+      kernel_init=self.init.write(self.hidden),
+      bias_init=self.init.mlp_bias(self.hidden),
+      dtype=self.dtype,
+      name="down",
+    )(ACTIVATIONS[self.activation](x))
+
+
+class Block(nn.Module):
+  """A pre-norm block: self-attention, cross-attention if asked for, MLP.
+
+  Attributes:
+    num_heads: heads of either attention.
+    mlp_dim: hidden width of the MLP.
+    init: the stack's initializers, with the width.
+    cross: whether the block can attend to a context.
+    cross_mlp: whether another MLP comes between self- and cross-attention, as
+      in open_clip's text decoder, where each of the two is a whole block.
+    activation: a name in `ACTIVATIONS`.
+    dtype: of the matrix products.
+  """
+
+  num_heads: int
+  mlp_dim: int
+  init: BlockInit
+  cross: bool = False
+  cross_mlp: bool = False
+  activation: str = "gelu"
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    def norm():
+      return layer_norm(dtype=self.dtype)
+
+    def mlp():
+      return MLP(self.mlp_dim, self.activation, self.init, self.dtype)
+
+    self.self_norm = norm()
+    self.self_attention = SelfAttention(self.num_heads, self.init, self.dtype)
+    if self.cross:
+      self.cross_norm = norm()
+      self.context_norm = norm()
+      self.cross_attention = CrossAttention(
+        self.num_heads, self.init, self.dtype
+      )
+      if self.cross_mlp:
+        self.self_mlp_norm = norm()
+        self.self_mlp = mlp()
+    self.mlp_norm = norm()
+    self.mlp = mlp()
+
+  def project(self, carry: None, context: jax.Array):
+    """Keys and values of a context `[B, S, D]`, for `keys_values`."""
+    return carry, self.cross_attention.project(self.context_norm(context))
+
+  def __call__(
+    self,
+    x: jax.Array,
+    mask: jax.Array | None,
+    context: jax.Array | None,
+    context_mask: jax.Array | None,
+    position: jax.Array | None,
+    cache: KeysValues | None,
+    keys_values: KeysValues | None,
+  ) -> tuple[jax.Array, KeysValues | None]:
+    attended, cache = self.self_attention(
+      self.self_norm(x), mask, cache, position
+    )
+    x = x + attended
+    if context is not None or keys_values is not None:
+      if self.cross_mlp:
+        x = x + self.self_mlp(self.self_mlp_norm(x))
+      if keys_values is None:
+        keys_values = self.project(None, context)[1]
+      attended, probabilities = self.cross_attention(
+        self.cross_norm(x), keys_values, context_mask
+      )
+      self.sow("intermediates", "cross_attention", probabilities)
+      x = x + attended
+    return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Transformer(nn.Module):
+  """A stack of blocks, without a final norm.
+
+  Parameters of all layers are stacked along a leading axis, whether the
+  layers run as a loop or one after the other, so that a checkpoint fits
+  either.
+
+  Attributes:
+    width: channels D.
+    depth: number of blocks.
+    num_heads: heads; must divide `width`.
+    mlp_ratio: hidden width of the MLP over `width`.
+    cross: whether blocks can attend to a context (of the same width).
+    cross_mlp: see `Block`.
+    activation: a name in `ACTIVATIONS`.
+    init: a name in `initializers.SCHEMES`.
+    scan: run the layers as a loop (compiles once) or unrolled.
+    remat: recompute activations in the backward pass: `none`, or a name in
+      `REMAT_POLICIES`.
+    dtype: of the matrix products.
+  """
+
+  width: int
+  depth: int
+  num_heads: int
+  mlp_ratio: float = 4.0
+  cross: bool = False
+  cross_mlp: bool = False
+  activation: str = "gelu"
+  init: str = "clip"
+  scan: bool = True
+  remat: str = "none"
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    if self.width % self.num_heads:
+      raise ValueError(f"{self.num_heads} heads do not divide {self.width}")
+    block = Block
+    if self.remat != "none":
+      block = nn.remat(
+        Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False
+      )
+    lift = dict(
+      variable_axes={"params": 0, "intermediates": 0},
+      split_rngs={"params": True},
+      length=self.depth,
+      unroll=1 if self.scan else self.depth,
+    )
+    same = nn.broadcast
+    stack = nn.scan(
+      block,
+      methods={
+        "__call__": dict(in_axes=(same, same, same, same, 0, 0), **lift),
+        "project": dict(in_axes=(same,), **lift),
+      },
+    )
+    branches = self.depth * (2 + self.cross + (self.cross and self.cross_mlp))
+    self.layers = stack(
+      num_heads=self.num_heads,
+      mlp_dim=int(self.width * self.mlp_ratio),
+      init=BlockInit(self.init, self.width, branches),
+      cross=self.cross,
+      cross_mlp=self.cross_mlp,
+      activation=self.activation,
+      dtype=self.dtype,
+    )
+
+  def __call__(
+    self,
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    context: jax.Array | None = None,
+    context_mask: jax.Array | None = None,
+  ) -> jax.Array:
+    """Runs the stack.
+
+    Args:
+      x: `[B, T, D]`.
+      mask: bool `[B or 1, T, T]`, True = attend; None attends everywhere.
+      context: `[B, S, D]`; None skips the cross-attention of every block.
+      context_mask: bool `[B or 1, T or 1, S]`.
+
+    Returns:
+      `[B, T, D]`.
+    """
+    return self.layers(x, mask, context, context_mask, None, None, None)[0]
+
+  def project(self, context: jax.Array) -> KeysValues:
+    """Keys and values of a context in every layer: `[layers, B, S, N, H]`."""
+    return self.layers.project(None, context)[1]
+
+  def decode(
+    self,
+    x: jax.Array,
+    cache: KeysValues,
+    position: jax.Array,
+    keys_values: KeysValues | None = None,
+  ) -> tuple[jax.Array, KeysValues]:
+    """Runs the stack on one more token of a causal sequence.
+
+    Args:
+      x: `[B, 1, D]`.
+      cache: of `empty_cache`, or what the last call returned.
+      position: int32 scalar, the token's place.
+      keys_values: what `project` returned for the context, if any.
+
+    Returns:
+      `[B, 1, D]` and the new cache.
+    """
+    return self.layers(x, None, None, None, position, cache, keys_values)
+
+  def empty_cache(self, batch_size: int, length: int) -> KeysValues:
+    """Returns room for `length` tokens: two of `[layers, B, length, N, H]`."""
+    heads = (self.num_heads, self.width // self.num_heads)
+    shape = (self.depth, batch_size, length, *heads)
+    return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)

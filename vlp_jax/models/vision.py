@@ -1,0 +1,101 @@
+"""The vision tower: patches, positions, transformer."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vlp_jax.models import initializers
+from vlp_jax.models.transformer import Transformer, layer_norm
+from vlp_jax.ops import patches as patches_lib
+
+
+class VisionTower(nn.Module):
+  """A vision transformer (Dosovitskiy et al. 2021), of any resolution.
+
+  It is two steps, so that a method can hide patches between them: `embed`
+  makes patch tokens that know their place, `encode` lets them attend. The
+  output is the residual stream: what reads it brings its own norm.
+
+  Attributes:
+    patch_size: side of a patch, in pixels.
+    grid: rows and columns of patches that the learned positions are made for;
+      pictures of another size get them resized (bicubic).
+    transformer: the stack.
+    cls_token: whether a learned [CLS] is put first.
+    positions: `learned`, or `sincos` (learned, starting from sine-cosine).
+    pre_norm: whether a layer norm precedes the stack, as in CLIP.
+    dtype: of the matrix products.
+  """
+
+  patch_size: int
+  grid: tuple[int, int]
+  transformer: Transformer
+  cls_token: bool = True
+  positions: str = "learned"
+  pre_norm: bool = True
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    width = self.transformer.width
+    fan_in = 3 * self.patch_size**2
+    self.patch = nn.Conv(
+      width,
+      (self.patch_size, self.patch_size),
+      strides=self.patch_size,
+      padding="VALID",
+      use_bias=False,
+      kernel_init=initializers.uniform(fan_in**-0.5),
+      dtype=self.dtype,
+    )
+    init = initializers.normal(width**-0.5)
+    if self.positions == "sincos":
+      table = patches_lib.sincos(self.grid, width)
+      self.pos = self.param("pos", lambda key: jnp.asarray(table))
+    else:
+      count = self.grid[0] * self.grid[1]
+      self.pos = self.param("pos", init, (count, width))
+    if self.cls_token:
+      self.cls = self.param("cls", init, (width,))
+      self.cls_pos = self.param("cls_pos", init, (width,))
+    if self.pre_norm:
+      self.norm = layer_norm(dtype=self.dtype)
+
+  def embed(self, image: jax.Array) -> jax.Array:
+    """Cuts pictures into patch tokens with positions.
+
+    Args:
+      image: uint8 `[B, H, W, 3]`; sides are multiples of the patch size.
+
+    Returns:
+      `[B, N, D]`, row by row.
+    """
+    x = self.patch(patches_lib.normalize(image).astype(self.dtype))
+    b, rows, columns, width = x.shape
+    pos = patches_lib.resize_positions(self.pos, self.grid, (rows, columns))
+    return x.reshape(b, rows * columns, width) + pos.astype(self.dtype)
+
+  def encode(
+    self, tokens: jax.Array
+  ) -> tuple[jax.Array | None, jax.Array]:
+    """Lets tokens attend to each other.
+
+    Args:
+      tokens: `[B, K, D]`, all of `embed`'s or some, in any order.
+
+    Returns:
+      [CLS] `[B, 1, D]` (None without one) and patches `[B, K, D]`.
+    """
+    if self.cls_token:
+      cls = jnp.broadcast_to(
+        (self.cls + self.cls_pos).astype(tokens.dtype),
+        (tokens.shape[0], 1, tokens.shape[-1]),
+      )
+      tokens = jnp.concatenate([cls, tokens], axis=1)
+    if self.pre_norm:
+      tokens = self.norm(tokens)
+    tokens = self.transformer(tokens)
+    if self.cls_token:
+      return tokens[:, :1], tokens[:, 1:]
+    return None, tokens
