@@ -144,9 +144,11 @@ def padded_size(batch_size: int, mesh: Mesh) -> int:
   return -(-batch_size // devices) * devices
 
 
-def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """Lays the rows of a batch that every host holds whole over the mesh."""
-  sharding = NamedSharding(mesh, P(("data", "fsdp")))
+def put(
+  batch: dict[str, np.ndarray], mesh: Mesh, spec: P = P(("data", "fsdp"))
+) -> dict[str, jax.Array]:
+  """Lays arrays that every host holds whole over the mesh, by rows."""
+  sharding = NamedSharding(mesh, spec)
   return {
     name: jax.make_array_from_callback(
       value.shape, sharding, lambda index, value=value: value[index]
@@ -313,6 +315,13 @@ def pad_rows(rows: np.ndarray, size: int) -> np.ndarray:
   """Repeats the first row until there are `size`: always a valid example."""
   filler = np.broadcast_to(rows[:1], (size - len(rows), *rows.shape[1:]))
   return np.concatenate([rows, filler])
+
+
+def spread(count: int, most: int) -> list[int]:
+  """Picks up to `most` of `count` places, evenly, so that nobody picked."""
+  return [i * count // most for i in range(most)] if count > most else list(
+    range(count)
+  )
 
 
 def available() -> list[str]:

@@ -10,7 +10,6 @@ tokenizer starts a Java process.
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import re
 from collections.abc import Sequence
@@ -50,22 +49,27 @@ class Evaluator(base.Evaluator):
   def run(self, params):
     captions = self.captions(params)
     references = [record["captions"] for record in self.records]
-    exact = functools.partial(_exact, captions, [
-      {tuple(words(text)) for text in texts} for texts in references
-    ])
+    allowed = [{tuple(words(t)) for t in texts} for texts in references]
+    spoken = [tuple(words(caption)) for caption in captions]
+    own = range(len(captions))
+
+    def exact(text, picture):
+      return spoken[text] in allowed[picture]
+
     metrics = {
-      "exact": _truth.rate(exact, len(captions)),
-      "exact_chance": _truth.moved_rate(exact, len(captions)),
+      "exact": float(np.mean([exact(i, i) for i in own])),
+      "exact_chance": _truth.moved_rate(exact, own),
     }
     verdicts = [None] * len(captions)
     if self.source.annotated:
-      objects = [record["objects"] for record in self.records]
-      true = lambda text, picture: _truth.is_true(  # noqa: E731
-        captions[text], objects[picture]
-      )
-      verdicts = [true(i, i) for i in range(len(captions))]
+      meanings = [_truth.parse(caption) for caption in captions]
+
+      def true(text, picture):
+        return _truth.holds(meanings[text], self.records[picture]["objects"])
+
+      verdicts = [true(i, i) for i in own]
       metrics["true"] = float(np.mean(verdicts))
-      metrics["true_chance"] = _truth.moved_rate(true, len(captions))
+      metrics["true_chance"] = _truth.moved_rate(true, own)
     self.samples = [
       {
         "image_id": self.records[i]["image_id"],
@@ -73,7 +77,7 @@ class Evaluator(base.Evaluator):
         "references": references[i],
         "true": verdicts[i],
       }
-      for i in spread(len(captions), _NUM_SAMPLES)
+      for i in base.spread(len(captions), _NUM_SAMPLES)
     ]
     return metrics | likeness(captions, references)
 
@@ -87,3 +91,37 @@ class Evaluator(base.Evaluator):
       eos_id=tokenizer.EOS,
     )
     return [self.env.tokenizer.decode(row) for row in ids]
+
+
+def words(text: str) -> list[str]:
+  """Splits a text into lower-case words, without punctuation."""
+  return re.findall(r"\w+(?:['’]\w+)*", text.lower())
+
+
+def likeness(
+  captions: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, float]:
+  """Computes `bleu4` and `cider`, or nothing without pycocoevalcap.
+
+  Args:
+    captions: one a picture.
+    references: the captions of each picture.
+  """
+  try:
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+  except ImportError:
+    logging.info(
+      "captioning: bleu4 and cider are left out; they need the [eval] extra "
+      "(pip install pycocoevalcap)"
+    )
+    return {}
+  told = {i: [" ".join(words(text))] for i, text in enumerate(captions)}
+  known = {
+    i: [" ".join(words(text)) for text in texts]
+    for i, texts in enumerate(references)
+  }
+  with contextlib.redirect_stdout(io.StringIO()):  # Bleu prints its lengths
+    bleu, _ = Bleu(4).compute_score(known, told)
+    cider, _ = Cider().compute_score(known, told)
+  return {"bleu4": float(bleu[3]), "cider": float(cider)}

@@ -9,14 +9,19 @@ every method.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
 
 from vlp_jax.errors import UserError
+from vlp_jax.losses import captioning
 
 Batch = Mapping[str, jax.Array]
 Params = Any
@@ -33,6 +38,14 @@ class Mean(NamedTuple):
 
   total: jax.Array
   weight: jax.Array
+
+  @classmethod
+  def of(cls, values: jax.Array, weights: jax.Array | None = None) -> Mean:
+    """Sums values, with weights (of the same shape) or each counted once."""
+    values = values.astype(jnp.float32)
+    if weights is None:
+      return cls(jnp.sum(values), jnp.float32(values.size))
+    return cls(jnp.sum(values * weights), jnp.sum(weights))
 
 
 class Output(NamedTuple):
@@ -118,12 +131,139 @@ class Method(Protocol):
     """Returns L2-normalised text embeddings `[B, E]`, float32."""
 
 
+@dataclasses.dataclass(frozen=True)
+class DualEncoderMethod:
+  """What every method does whose module is a `models.DualEncoder`.
+
+  Attributes:
+    module: the linen module; its parameters are the method's.
+  """
+
+  module: nn.Module
+  match_group = 1
+  uses_ema = False
+
+  def apply(self, params: Params, name: str, *args):
+    """Calls a method of the module, by name."""
+    return self.module.apply({"params": params}, *args, method=name)
+
+  def init(self, key: jax.Array, batch: Batch) -> tuple[Params, MethodState]:
+    variables = self.module.init(
+      key, batch["image"], batch["text"], batch["text_len"]
+    )
+    return variables["params"], {}
+
+  def project(self, params: Params) -> Params:
+    """Keeps the inverse temperature between 1 and 100, as CLIP does."""
+    temperature = dict(params["temperature"])
+    temperature["logit_scale"] = jnp.clip(
+      temperature["logit_scale"], 0, np.log(100)
+    )
+    return {**params, "temperature": temperature}
+
+  def encode_image(self, params: Params, batch: Batch) -> jax.Array:
+    return self.apply(params, "encode_image", batch["image"])
+
+  def encode_text(self, params: Params, batch: Batch) -> jax.Array:
+    return self.apply(params, "encode_text", batch["text"], batch["text_len"])
+
+  @property
+  def readouts(self) -> tuple[str, ...]:
+    """The maps that `patch_text_map` can make."""
+    additive = self.module.image_pool.kind == "attention"
+    return ("contribution", "cosine") if additive else ("cosine",)
+
+  def patch_text_map(
+    self,
+    params: Params,
+    batch: Batch,
+    readout: str,
+    token_mask: jax.Array | None = None,
+  ) -> jax.Array:
+    """Says where in a picture a caption is.
+
+    Args:
+      params: parameters.
+      batch: `image`, `text` and `text_len`.
+      readout: one of `readouts`. `contribution`: what each patch adds to the
+        similarity of picture and caption. `cosine`: of each patch with the
+        caption. `cross_attention`: where the decoder looks while it writes.
+      token_mask: bool `[B, L]`, the tokens that `cross_attention` averages
+        over; None takes all real tokens but the first.
+
+    Returns:
+      float32 `[B, rows, columns]`; only the order of its values has meaning.
+    """
+    names = {"contribution": "patch_contributions", "cosine": "patch_cosines"}
+    args = (batch["image"], batch["text"], batch["text_len"])
+    return self._grid(self.apply(params, names[readout], *args), batch)
+
+  def _grid(self, values: jax.Array, batch: Batch) -> jax.Array:
+    height, width = batch["image"].shape[-3:-1]
+    size = self.module.vision.patch_size
+    return values.reshape(len(values), height // size, width // size)
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionerMethod(DualEncoderMethod):
+  """What every method does whose module is a `models.Captioner`."""
+
+  def generate(
+    self, params: Params, batch: Batch, max_len: int, bos_id: int, eos_id: int
+  ) -> jax.Array:
+    """Writes captions greedily: int32 `[B, max_len]`; see `Captioner`."""
+    return self.apply(
+      params, "generate", batch["image"], max_len, bos_id, eos_id
+    )
+
+  def caption_score(self, params: Params, batch: Batch) -> jax.Array:
+    """Mean log-likelihood of a caption's tokens given the picture, `[B]`."""
+    args = (batch["image"], batch["text"], batch["text_len"])
+    logits = self.apply(params, "caption_logits", *args)
+    labels, weights = captioning.targets(batch["text"], batch["text_len"])
+    nll, _ = captioning.cross_entropy(lambda x: x, logits, labels)
+    total = jnp.sum(nll * weights, axis=1)
+    return -total / jnp.maximum(jnp.sum(weights, axis=1), 1)
+
+  @property
+  def readouts(self) -> tuple[str, ...]:
+    spatial = self.module.image_pool.kind in ("attention", "cls")
+    return super().readouts + (("cross_attention",) if spatial else ())
+
+  def patch_text_map(
+    self,
+    params: Params,
+    batch: Batch,
+    readout: str,
+    token_mask: jax.Array | None = None,
+  ) -> jax.Array:
+    if readout != "cross_attention":
+      return super().patch_text_map(params, batch, readout)
+    args = (batch["image"], batch["text"], batch["text_len"])
+    _, state = self.module.apply(
+      {"params": params},
+      *args,
+      method="caption_logits",
+      mutable=["intermediates"],
+    )
+    stack = state["intermediates"]["decoder"]["transformer"]["layers"]
+    (probabilities,) = stack["cross_attention"]  # [layers, B, heads, L - 1, N]
+    rows = jnp.mean(probabilities, axis=(0, 2))
+    # The row that writes token t is the one of token t - 1.
+    weights = captioning.targets(batch["text"], batch["text_len"])[1]
+    if token_mask is not None:
+      weights = weights * token_mask[:, 1:]
+    total = jnp.einsum("bln,bl->bn", rows, weights)
+    total = total / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1)
+    return self._grid(total, batch)
+
+
 def available() -> list[str]:
   """Lists the names that `get` accepts."""
   import vlp_jax.methods as package
 
   names = [module.name for module in pkgutil.iter_modules(package.__path__)]
-  return sorted(name for name in names if name != "base")
+  return sorted(n for n in names if n != "base" and not n.startswith("_"))
 
 
 def get(name: str, config) -> Method:

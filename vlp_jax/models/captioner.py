@@ -174,36 +174,6 @@ class Captioner(DualEncoder):
       step, cache, batch_size, max_len, bos_id=bos_id, eos_id=eos_id
     )
 
-  def cross_attention(
-    self,
-    image: jax.Array,
-    text: jax.Array,
-    text_len: jax.Array,
-    token_mask: jax.Array,
-  ) -> jax.Array:
-    """The attention that the decoder pays to the picture, over some tokens.
-
-    Where the decoder looks while it is about to write a token: the row of the
-    token before. Averaged over layers, heads and the tokens of `token_mask`.
-
-    Args:
-      image: uint8 `[B, H, W, 3]`.
-      text: int32 `[B, L]`.
-      text_len: int32 `[B]`.
-      token_mask: bool `[B, L]`, the tokens being written.
-
-    Returns:
-      `[B, S]`, S being the length of the context.
-    """
-    self.caption_logits(image, text, text_len)
-    (probabilities,) = self.decoder.transformer.layers.variables[
-      "intermediates"
-    ]["cross_attention"]
-    rows = jnp.mean(probabilities, axis=(0, 2))
-    weight = token_mask[:, 1:].astype(rows.dtype)
-    total = jnp.einsum("bls,bl->bs", rows, weight)
-    return total / jnp.maximum(weight.sum(-1, keepdims=True), 1)
-
   def __call__(
     self, image: jax.Array, text: jax.Array, text_len: jax.Array
   ) -> None:

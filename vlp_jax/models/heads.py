@@ -92,7 +92,7 @@ class LogitScale(nn.Module):
 class PatchDecoderInput(nn.Module):
   """Tokens of a masked picture for a decoder (He et al. 2022, section 3).
 
-  Visible tokens are mapped to the decoder's width, one learned token stands
+  Visible tokens are normed and mapped to the decoder's width, one learned token stands
   for every hidden patch, and fixed 2-D positions say where each belongs.
 
   Attributes:
@@ -122,7 +122,7 @@ class PatchDecoderInput(nn.Module):
       kernel_init=nn.initializers.xavier_uniform(),
       dtype=self.dtype,
       name="visible",
-    )(visible)
+    )(layer_norm("norm", self.dtype)(visible))
     token = self.param("mask_token", initializers.normal(0.02), (self.width,))
     hidden = token.astype(self.dtype) + hidden_pos.astype(self.dtype)
     return jnp.concatenate([x + visible_pos.astype(self.dtype), hidden], axis=1)

@@ -1,0 +1,12 @@
+"""Binding: which attribute belongs to which object.
+
+'a red circle and a blue square' against 'a blue circle and a red square'.
+"""
+
+from vlp_jax.evaluators import _probe
+
+
+class Evaluator(_probe.Probe):
+  """`contrastive`, `captioner` and `bag` on the records' `binding` pairs."""
+
+  annotation = "binding"

@@ -1,0 +1,114 @@
+"""Builds the modules that methods compose, from a config's `model` section."""
+
+import jax
+import jax.numpy as jnp
+
+from vlp_jax.errors import UserError
+from vlp_jax.models.heads import LogitScale, TextProjection, VocabularyHead
+from vlp_jax.models.poolers import ImagePool
+from vlp_jax.models.stream import Stream
+from vlp_jax.models.text import TextTower
+from vlp_jax.models.transformer import Transformer
+from vlp_jax.models.vision import VisionTower
+
+
+def dtype(config):
+  """The dtype of matrix products: `auto` is float32 on a CPU, else bfloat16."""
+  name = config.model.dtype
+  if name == "auto":
+    name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  return jnp.dtype(name)
+
+
+def transformer(config, tower, **fields) -> Transformer:
+  """Builds a stack; `tower` is a section with width, depth, heads."""
+  if tower.width % tower.num_heads:
+    raise UserError(
+      f"{tower.num_heads} heads do not divide a width of {tower.width}: "
+      "change num_heads or width of that tower in config.model"
+    )
+  return Transformer(
+    width=tower.width,
+    depth=tower.depth,
+    num_heads=tower.num_heads,
+    mlp_ratio=tower.mlp_ratio,
+    activation=config.model.activation,
+    scan=config.model.scan,
+    remat=config.model.remat,
+    dtype=dtype(config),
+    **fields,
+  )
+
+
+def dual_encoder(config, *, bias: float | None = None, scale: float = 1 / 0.07):
+  """Returns the fields of `DualEncoder` as a dict.
+
+  Args:
+    config: the run's config.
+    bias: the starting logit bias (SigLIP), or None.
+    scale: the starting inverse temperature.
+  """
+  model, kind = config.model, dtype(config)
+  vision, side = model.vision, config.data.image_size // model.vision.patch_size
+  if vision.positions == "sincos" and vision.width % 4:
+    raise UserError("sincos positions need config.model.vision.width % 4 == 0")
+  if model.pooler.kind in ("cls", "openclip") and not vision.cls_token:
+    raise UserError(
+      f"config.model.pooler.kind={model.pooler.kind} reads [CLS]: set "
+      "config.model.vision.cls_token=true"
+    )
+  return dict(
+    vision=VisionTower(
+      patch_size=vision.patch_size,
+      grid=(side, side),
+      transformer=transformer(config, vision, init="torch"),
+      cls_token=vision.cls_token,
+      positions=vision.positions,
+      pre_norm=vision.pre_norm,
+      dtype=kind,
+    ),
+    text=TextTower(
+      vocab_size=config.tokenizer.vocab_size,
+      max_len=model.text.max_len,
+      transformer=transformer(config, model.text),
+      pool=model.text.pool,
+      legacy_cls_mask=model.text.legacy_cls_mask,
+      dtype=kind,
+    ),
+    image_pool=ImagePool(
+      kind=model.pooler.kind,
+      embed_dim=model.embed_dim,
+      width=model.pooler.width,
+      num_queries=model.pooler.num_queries,
+      num_heads=model.pooler.num_heads,
+      dtype=kind,
+    ),
+    text_projection=TextProjection(model.embed_dim, kind),
+    temperature=LogitScale(scale, bias),
+  )
+
+
+def captioner(config) -> dict:
+  """Returns the fields of `Captioner` as a dict."""
+  decoder = config.model.decoder
+  if decoder.width != config.model.text.width:
+    raise UserError(
+      "the decoder continues the text tower: config.model.decoder.width="
+      f"{decoder.width} must equal config.model.text.width="
+      f"{config.model.text.width}"
+    )
+  return dict(
+    dual_encoder(config),
+    decoder=stream(config, decoder),
+    vocabulary=VocabularyHead(
+      config.tokenizer.vocab_size, decoder.width, dtype(config)
+    ),
+  )
+
+
+def stream(config, tower, init: str = "clip") -> Stream:
+  """Builds a stack with cross-attention and its final norm."""
+  stack = transformer(
+    config, tower, cross=True, cross_mlp=tower.cross_mlp, init=init
+  )
+  return Stream(stack, dtype(config))

@@ -1,0 +1,71 @@
+"""CLIP: learn two towers by telling matching pairs from the others.
+
+Radford et al. 2021, "Learning transferable visual models from natural
+language supervision", arXiv 2103.00020; with `loss="sigmoid"` Zhai et al.
+2023, "Sigmoid loss for language image pre-training", arXiv 2303.15343.
+
+Map: CLIP figure 3 and SigLIP algorithm 1 are `couple`.
+
+Differences: captions of the same picture are not counted as negatives. The
+text tower is causal in both cases (SigLIP's is not).
+"""
+
+import dataclasses
+
+import jax
+
+from vlp_jax.errors import UserError
+from vlp_jax.losses import contrastive
+from vlp_jax.methods import _towers
+from vlp_jax.methods.base import Coupled, DualEncoderMethod, Mean, Output
+from vlp_jax.models.captioner import DualEncoder
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIP(DualEncoderMethod):
+  """See the module's docstring.
+
+  Attributes:
+    loss: `softmax` (CLIP) or `sigmoid` (SigLIP).
+    itc_reduction: of `softmax`: `mean` or `sum` of the two directions.
+  """
+
+  loss: str = "softmax"
+  itc_reduction: str = "mean"
+
+  def forward(self, params, batch, ctx) -> Output:
+    image = self.encode_image(params, batch)
+    text = self.encode_text(params, batch)
+    return Output(dict(image=image, text=text), {}, {})
+
+  def couple(self, params, shared, batch, ctx) -> Coupled:
+    scale, bias = self.apply(params, "logit_scale")
+    image, text, image_id = shared["image"], shared["text"], batch["image_id"]
+    report = {"logit_scale": Mean.of(scale[None])}
+    if self.loss == "sigmoid":
+      loss = contrastive.sigmoid(image, text, scale, bias, image_id)
+      report["logit_bias"] = Mean.of(bias[None])
+    else:
+      loss, right = contrastive.softmax(
+        image, text, scale, image_id, self.itc_reduction
+      )
+      report |= {f"{name}_accuracy": Mean.of(v) for name, v in right.items()}
+    return Coupled({"itc": Mean.of(loss)}, report, {})
+
+  def term_weights(self, step: jax.Array) -> dict[str, float]:
+    return {"itc": 1.0}
+
+
+def build(config) -> CLIP:
+  """Builds CLIP from `config.model` and `config.method`."""
+  if config.method.loss not in ("softmax", "sigmoid"):
+    raise UserError(
+      f"config.method.loss is {config.method.loss!r}, not softmax or sigmoid"
+    )
+  start = {}
+  if config.method.loss == "sigmoid":
+    start = dict(scale=10.0, bias=-10.0)  # SigLIP section 3.2
+  fields = _towers.dual_encoder(config, **start)
+  return CLIP(
+    DualEncoder(**fields), config.method.loss, config.method.itc_reduction
+  )

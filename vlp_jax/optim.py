@@ -1,0 +1,283 @@
+"""Optimizers by name, learning-rate schedules, and what is done with NaNs.
+
+What happens to a parameter is decided by its path, not by its rank alone:
+a scanned stack gives every leaf one more axis, so a stacked bias is a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+from optax import contrib
+
+from vlp_jax.errors import UserError
+
+Schedule = Callable[[Any], jax.Array]
+
+# Matrices and token tables. Everything else (biases, norms, positions, class
+# and mask tokens, queries, the temperature) is neither decayed nor, under
+# Muon, made orthogonal.
+_DECAYED = ("kernel", "embedding")
+# A component of a path that marks parameters stacked along their first axis.
+_STACK = "layers"
+# Matrices to or from the vocabulary are rows of a table rather than maps
+# between features: Muon leaves them to AdamW (Jordan 2024).
+_TABLE = "vocabulary"
+
+
+def make_optimizer(
+  config: ConfigDict, total_steps: int, warmup_steps: int
+) -> tuple[optax.GradientTransformation, Schedule]:
+  """Builds clip -> optimizer -> schedule, skipping non-finite gradients.
+
+  Args:
+    config: reads `optimizer` and `schedule`.
+    total_steps: updates of the whole run.
+    warmup_steps: updates of the linear warm-up.
+
+  Returns:
+    The transformation, and the schedule: update index -> learning rate.
+    Updates that were skipped do not count as an index.
+
+  Raises:
+    UserError: on an unknown optimizer, schedule or dtype.
+  """
+  c = config.optimizer
+  if c.name not in _OPTIMIZERS:
+    raise UserError(
+      f"config.optimizer.name is {c.name!r}, but the optimizers are "
+      f"{', '.join(_OPTIMIZERS)}"
+    )
+  if c.mu_dtype not in ("float32", "bfloat16"):
+    raise UserError(
+      f"config.optimizer.mu_dtype is {c.mu_dtype!r}, neither float32 nor "
+      "bfloat16"
+    )
+  shape = _shape(config.schedule, total_steps, warmup_steps)
+  optimizer = _OPTIMIZERS[c.name](c, shape)
+  if c.grad_clip:
+    clip = optax.clip_by_global_norm(c.grad_clip)
+    optimizer = optax.chain(clip, optimizer)
+  return skip_nonfinite(optimizer), _scaled(c.learning_rate, shape)
+
+
+# --- Schedules --------------------------------------------------------------
+
+
+def _shape(config: ConfigDict, total_steps: int, warmup_steps: int) -> Schedule:
+  """Returns the learning rate over its peak, as a function of the index.
+
+  The warm-up ends at the peak and starts one part of `warmup_steps` above
+  zero, so that no update is wasted. A run shorter than its warm-up ends in it.
+  """
+  decays = {
+    "cosine": lambda t: 0.5 * (1 + jnp.cos(jnp.pi * t)),
+    "linear": lambda t: 1 - t,
+    "constant": jnp.ones_like,
+  }
+  if config.name not in decays:
+    raise UserError(
+      f"config.schedule.name is {config.name!r}, but the schedules are "
+      f"{', '.join(decays)}"
+    )
+  decay, end = decays[config.name], config.end_factor
+
+  def shape(index):
+    index = jnp.asarray(index, jnp.float32)
+    rest = max(total_steps - warmup_steps, 1)
+    progress = jnp.clip((index - warmup_steps) / rest, 0, 1)
+    decayed = end + (1 - end) * decay(progress)
+    warming = (index + 1) / max(warmup_steps, 1)
+    return jnp.where(index < warmup_steps, warming, decayed)
+
+  return shape
+
+
+def _scaled(peak: float, shape: Schedule) -> Schedule:
+  return lambda index: peak * shape(index)
+
+
+# --- Optimizers -------------------------------------------------------------
+
+
+def _adamw(c: ConfigDict, shape: Schedule) -> optax.GradientTransformation:
+  return optax.adamw(
+    _scaled(c.learning_rate, shape),
+    b1=c.b1,
+    b2=c.b2,
+    eps=c.eps,
+    mu_dtype=c.mu_dtype,
+    weight_decay=c.weight_decay,
+    mask=decay_mask,
+  )
+
+
+def _lion(c: ConfigDict, shape: Schedule) -> optax.GradientTransformation:
+  return optax.lion(
+    _scaled(c.learning_rate, shape),
+    b1=c.b1,
+    b2=c.b2,
+    mu_dtype=c.mu_dtype,
+    weight_decay=c.weight_decay,
+    mask=decay_mask,
+  )
+
+
+def _adafactor(c: ConfigDict, shape: Schedule) -> optax.GradientTransformation:
+  """Adafactor at Adam's learning rates, as CoCa and scaled ViTs use it.
+
+  Zhai et al. 2022, section 3.4: no scaling by the parameter's size, a first
+  moment (here if b1 > 0), weight decay that is multiplied by the learning
+  rate. `optax.adafactor` has neither the last nor, so, the same decay as the
+  other optimizers. The second moment's decay is 1 - t^-0.8 (Shazeer & Stern
+  2018); b2 and eps are not used. Heads are small: factors from size 32 on.
+  """
+  momentum = optax.ema(c.b1, debias=False, accumulator_dtype=c.mu_dtype)
+  return optax.chain(
+    optax.scale_by_factored_rms(min_dim_size_to_factor=32),
+    optax.clip_by_block_rms(1.0),
+    momentum if c.b1 else optax.identity(),
+    optax.add_decayed_weights(c.weight_decay, mask=decay_mask),
+    optax.scale_by_learning_rate(_scaled(c.learning_rate, shape)),
+  )
+
+
+def _muon(c: ConfigDict, shape: Schedule) -> optax.GradientTransformation:
+  """Muon (Jordan 2024) for matrices between features, AdamW for the rest.
+
+  `muon_learning_rate` is that of the matrices. b1, b2, eps are AdamW's.
+  """
+  matrices = contrib.muon(
+    _scaled(c.muon_learning_rate, shape),
+    mu_dtype=c.mu_dtype,
+    weight_decay=c.weight_decay,
+    muon_weight_dimension_numbers=_all_dimension_numbers,
+  )
+
+  def labels(params):
+    return _map_with_names(
+      lambda names, leaf: "rest" if _axes(names, leaf) is None else "matrix",
+      params,
+    )
+
+  return optax.partition({"matrix": matrices, "rest": _adamw(c, shape)}, labels)
+
+
+_OPTIMIZERS = {
+  "adamw": _adamw,
+  "adafactor": _adafactor,
+  "lion": _lion,
+  "muon": _muon,
+}
+
+
+# --- What happens to which parameter ----------------------------------------
+
+
+def decay_mask(params: Any) -> Any:
+  """Returns a tree of bools: which parameters weight decay shrinks."""
+  return _map_with_names(lambda names, _: names[-1] in _DECAYED, params)
+
+
+def _all_dimension_numbers(params: Any) -> Any:
+  return _map_with_names(_axes, params)
+
+
+def _axes(
+  names: tuple[str, ...], leaf: Any
+) -> contrib.MuonDimensionNumbers | None:
+  """Says which axes of a parameter are a matrix's rows and columns.
+
+  Axes that are neither are a batch of matrices: layers of a stack; query, key
+  and value of one `qkv`.
+
+  Args:
+    names: the parameter's path.
+    leaf: anything with `ndim`.
+
+  Returns:
+    Input and output axes, or None if the parameter is no map between features.
+  """
+  if names[-1] != "kernel" or _TABLE in names:
+    return None
+  first = int(_STACK in names)  # the stack's axis is not part of a matrix
+  axes = tuple(range(first, leaf.ndim))
+  if len(axes) == 2:  # [in, out]
+    cut, outputs = 1, axes[1:]
+  elif "patch" in names:  # [height, width, channels, out]
+    cut, outputs = len(axes) - 1, axes[-1:]
+  elif "qkv" in names or "kv" in names:  # [in, 3 or 2, heads, head]
+    cut, outputs = 1, axes[2:]
+  elif "out" in names and len(axes) == 3:  # [heads, head, out]
+    cut, outputs = 2, axes[2:]
+  elif len(axes) == 3:  # [in, heads, head]
+    cut, outputs = 1, axes[1:]
+  else:
+    return None
+  return contrib.MuonDimensionNumbers(axes[:cut], outputs)
+
+
+def _map_with_names(function: Callable, tree: Any) -> Any:
+  def call(path, leaf):
+    return function(tuple(str(getattr(k, "key", k)) for k in path), leaf)
+
+  return jax.tree_util.tree_map_with_path(call, tree)
+
+
+# --- Non-finite gradients ---------------------------------------------------
+
+
+class SkipState(NamedTuple):
+  """State of `skip_nonfinite`.
+
+  Attributes:
+    last_finite: bool scalar, whether the last update was applied.
+    skipped: int32 scalar, how many were not, since the start.
+    inner: the wrapped optimizer's state.
+  """
+
+  last_finite: jax.Array
+  skipped: jax.Array
+  inner: Any
+
+
+def skip_nonfinite(
+  inner: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """Makes an update of zero, and keeps the state, where gradients overflow.
+
+  Unlike `optax.apply_if_finite` it never gives in, however many come in a
+  row; and a gradient whose norm overflows is refused as well, since its
+  square would stay in Adam's second moment. Values are selected rather than
+  branched on, which XLA fuses into the update.
+  """
+
+  def init(params):
+    return SkipState(jnp.array(True), jnp.int32(0), inner.init(params))
+
+  def update(gradients, state, params=None):
+    finite = jnp.isfinite(optax.global_norm(gradients))
+    updates, new = inner.update(gradients, state.inner, params)
+    updates = jax.tree.map(
+      lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates
+    )
+    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state.inner)
+    skipped = state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32)
+    return updates, SkipState(finite, skipped, kept)
+
+  return optax.GradientTransformation(init, update)
+
+
+def last_finite(opt_state: SkipState) -> jax.Array:
+  """Returns a bool scalar: whether the last update was applied."""
+  return opt_state.last_finite
+
+
+def skipped(opt_state: SkipState) -> jax.Array:
+  """Returns an int32 scalar: the updates skipped since the start."""
+  return opt_state.skipped
