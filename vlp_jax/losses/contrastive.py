@@ -40,9 +40,7 @@ def softmax(
   """
   if reduction not in ("mean", "sum"):
     raise ValueError(f"reduction {reduction!r} is neither mean nor sum")
-  logits = scale * jnp.matmul(
-    image, text.T, preferred_element_type=jnp.float32
-  )
+  logits = scale * jnp.matmul(image, text.T, preferred_element_type=jnp.float32)
   diagonal = jnp.eye(len(image), dtype=bool)
   logits = jnp.where(negatives(image_id) | diagonal, logits, MASKED)
   positive = jnp.diagonal(logits)

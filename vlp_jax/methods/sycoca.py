@@ -30,7 +30,13 @@ import jax.numpy as jnp
 from vlp_jax.errors import UserError
 from vlp_jax.losses import masked
 from vlp_jax.methods import _towers
-from vlp_jax.methods.base import CaptionerMethod, Coupled, Mean, Output
+from vlp_jax.methods.base import (
+  CaptionerMethod,
+  Context,
+  Coupled,
+  Mean,
+  Output,
+)
 from vlp_jax.methods.coca import caption_terms, contrastive_terms
 from vlp_jax.models.captioner import Captioner
 from vlp_jax.models.heads import PatchDecoderInput, PixelHead
@@ -143,7 +149,7 @@ class SyCoCa(CaptionerMethod):
     text, tokens = self.apply(params, "read", batch["text"], batch["text_len"])
 
     # One ranking serves both directions.
-    order = self._rank(params, batch, patches, tokens, ctx)
+    order = self._rank(params, batch, patches, context, tokens, ctx)
     num_dropped = masking.count(self.r_l, patches.shape[1])
     if num_dropped:
       kept = masking.take(patches, order[:, : patches.shape[1] - num_dropped])
@@ -166,17 +172,21 @@ class SyCoCa(CaptionerMethod):
       weights["tgmim"] = self.tgmim_weight
     return weights
 
-  def _rank(self, params, batch, patches, tokens, ctx) -> jax.Array:
+  def _rank(self, params, batch, patches, context, tokens, ctx) -> jax.Array:
     """Orders patches by the caption, the most relevant first: `[B, N]`."""
     noise = masking.random_scores(
       ctx.rngs["patch_mask"], batch["index"], patches.shape[1]
     )
     if self.score == "random":
       return masking.rank(noise)
-    if self.score != "raw":
-      patches = self.apply(params, "patch_embeddings", patches)
-      tokens = self.apply(params, "token_embeddings", tokens)
-    scores = relevance(patches, tokens, batch["text_len"])
+    if self.score == "raw":
+      scores = relevance(context, tokens, batch["text_len"])
+    else:
+      scores = relevance(
+        self.apply(params, "patch_embeddings", patches),
+        self.apply(params, "token_embeddings", tokens),
+        batch["text_len"],
+      )
     if self.score == "reverse":
       scores = -scores
     if self.attentive_start_step:
@@ -203,23 +213,33 @@ class SyCoCa(CaptionerMethod):
     )
     return prediction, masking.take(target, order[:, :hidden])
 
-  def reconstruct(self, params, batch, ctx) -> dict[str, jax.Array]:
+  def reconstruct(self, params, batch, key) -> dict[str, jax.Array]:
     """Rebuilds pictures from their visible patches and their captions.
 
     Args:
       params: parameters.
-      batch: `image`, `text`, `text_len`, `index`.
-      ctx: for the step and, where masks are random, the key.
+      batch: `image`, `text`, `text_len`.
+      key: for the mask, where that is random.
 
     Returns:
-      `prediction`: uint8 `[B, H, W, 3]`, the picture with its hidden patches
-      rebuilt (a normalised target is shown with the true patch's mean and
-      deviation); `mask`: bool `[B, N]`, True where hidden.
+      `masked` and `prediction`: uint8 `[B, H, W, 3]`, the picture with its
+      hidden patches grey, and rebuilt (a normalised target is shown with the
+      true patch's mean and deviation); `mask`: bool `[B, N]`, True = hidden.
     """
+    index = jnp.arange(len(batch["text_len"]), dtype=jnp.int32)
+    batch = {**batch, "index": index}
+    ctx = Context(
+      step=jnp.int32(self.attentive_start_step),
+      rngs={"patch_mask": key},
+      ema_params=None,
+      method_state={},
+      train=False,
+    )
     embedded = self.apply(params, "embed_patches", batch["image"])
-    _, patches = self.apply(params, "see", embedded)
+    cls, patches = self.apply(params, "see", embedded)
+    _, context = self.apply(params, "pool", cls, patches)
     _, tokens = self.apply(params, "read", batch["text"], batch["text_len"])
-    order = self._rank(params, batch, patches, tokens, ctx)
+    order = self._rank(params, batch, patches, context, tokens, ctx)
     prediction, _ = self._reconstruct(
       params, batch, embedded, patches, tokens, order
     )
@@ -232,10 +252,16 @@ class SyCoCa(CaptionerMethod):
       std = jnp.sqrt(jnp.var(true, axis=-1, keepdims=True, ddof=1) + 1e-6)
       prediction = prediction * std + mean
     rows = jnp.arange(len(index))[:, None]
-    pixels = pixels.at[rows, index].set(prediction)
-    picture = patches_lib.denormalize(patches_lib.unpatchify(pixels, size))
-    mask = masking.scatter_mask(index, order.shape[1])
-    return {"prediction": picture, "mask": mask}
+
+    def fill(value):
+      filled = patches_lib.unpatchify(pixels.at[rows, index].set(value), size)
+      return patches_lib.denormalize(filled)
+
+    return {
+      "masked": fill(0.0),
+      "prediction": fill(prediction),
+      "mask": masking.scatter_mask(index, order.shape[1]),
+    }
 
 
 def relevance(
@@ -262,9 +288,7 @@ def relevance(
   )
   counts = masks.valid(text_len, tokens.shape[1])
   counts &= jnp.arange(tokens.shape[1]) > 0
-  return jnp.max(
-    similarity, axis=-1, where=counts[:, None], initial=-jnp.inf
-  )
+  return jnp.max(similarity, axis=-1, where=counts[:, None], initial=-jnp.inf)
 
 
 def build(config) -> SyCoCa:
@@ -296,10 +320,13 @@ def build(config) -> SyCoCa:
       f"{patches} patches; choose a share from 0 to below 1"
     )
   model = config.model
-  if options["score"] == "raw" and model.vision.width != model.text.width:
+  if options["score"] == "raw" and (
+    model.pooler.kind not in ("cls", "attention")
+    or model.vision.width != model.text.width
+  ):
     raise UserError(
-      "config.method.score=raw needs towers of equal width, not "
-      f"{model.vision.width} and {model.text.width}"
+      "config.method.score=raw compares the towers' outputs: it needs "
+      "config.model.pooler.kind=cls or attention, and towers of equal width"
     )
   shared = options.pop("decoders") == "shared"
   width = (model.decoder if shared else model.image_decoder).width

@@ -59,7 +59,9 @@ class SelfAttention(nn.Module):
         for old, new in zip(cache, (k, v), strict=True)
       )
       mask = (jnp.arange(k.shape[1]) <= position)[None, None]
-    return Out(self.init, self.dtype, name="out")(attend(q, k, v, mask)[0]), cache
+    return Out(self.init, self.dtype, name="out")(
+      attend(q, k, v, mask)[0]
+    ), cache
 
 
 class CrossAttention(nn.Module):

@@ -180,5 +180,3 @@ class Captioner(DualEncoder):
     """Touches every parameter, for `init`."""
     self.caption_logits(image, text, text_len)
     self.logit_scale()
-
-

@@ -178,7 +178,9 @@ class ImagePool(nn.Module):
       patches = self.norm(self.generative.values(patches))
     return self._embed(self.contrastive.values(patches))
 
-  def contributions(self, patches: jax.Array, direction: jax.Array) -> jax.Array:
+  def contributions(
+    self, patches: jax.Array, direction: jax.Array
+  ) -> jax.Array:
     """How much each patch adds to the embedding along a direction.
 
     The pooled vector is a sum over patches; what follows it is linear but for

@@ -20,7 +20,9 @@ REMAT_POLICIES = {
 }
 
 
-def layer_norm(name: str | None = None, dtype: Any = jnp.float32) -> nn.LayerNorm:
+def layer_norm(
+  name: str | None = None, dtype: Any = jnp.float32
+) -> nn.LayerNorm:
   """Layer norm with open_clip's epsilon; statistics are float32 always."""
   return nn.LayerNorm(
     epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name

@@ -76,9 +76,7 @@ class VisionTower(nn.Module):
     pos = patches_lib.resize_positions(self.pos, self.grid, (rows, columns))
     return x.reshape(b, rows * columns, width) + pos.astype(self.dtype)
 
-  def encode(
-    self, tokens: jax.Array
-  ) -> tuple[jax.Array | None, jax.Array]:
+  def encode(self, tokens: jax.Array) -> tuple[jax.Array | None, jax.Array]:
     """Lets tokens attend to each other.
 
     Args:

@@ -1,0 +1,95 @@
+"""Where arrays live: the mesh, one table of rules, and shardings for trees.
+
+Modules name no mesh axes. A parameter's sharding follows from the end of its
+path; optimizer moments and averages have the same ends, so they follow too.
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+# Below this many numbers, an array costs less to copy than to gather.
+MIN_SIZE = 2**14
+
+# The end of a path, and the axes of the array's last dimensions. N heads, H
+# channels a head, D the residual stream, M the MLP, V the vocabulary.
+RULES = (
+  (r"self_attention/qkv/kernel", ("fsdp", None, "tensor", None)),  # D 3 N H
+  (r"cross_attention/kv/kernel", ("fsdp", None, "tensor", None)),  # D 2 N H
+  (r"/[qkv]/kernel", ("fsdp", "tensor", None)),  # D N H
+  (r"out/(proj/)?kernel", ("tensor", None, "fsdp")),  # N H D
+  (r"up/kernel", ("fsdp", "tensor")),  # D M
+  (r"down/kernel", ("tensor", "fsdp")),  # M D
+  (r"embedding/embedding", ("tensor", "fsdp")),  # V D
+  (r"vocabulary/kernel", ("fsdp", "tensor")),  # D V
+)
+
+
+def make_mesh(shape: tuple[int, int, int], devices=None) -> Mesh:
+  """Makes the mesh of `AXES`; its product is the number of devices."""
+  return jax.make_mesh(
+    shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+  )
+
+
+def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+  """Chooses the partition of one array.
+
+  A rule's axis is dropped where it does not divide the dimension. Without a
+  rule, a big array has its largest divisible dimension put on `fsdp`; the
+  leading axis of stacked layers is never split.
+
+  Args:
+    path: the names of the tree, joined by "/".
+    shape: of the array.
+    mesh: the mesh.
+  """
+  if math.prod(shape) < MIN_SIZE:
+    return P()
+  stacked = "/layers/" in path
+  for pattern, axes in RULES:
+    if re.search(f"{pattern}$", path) and len(shape) == len(axes) + stacked:
+      sizes = shape[len(shape) - len(axes) :]
+      axes = tuple(
+        axis if axis and n % mesh.shape[axis] == 0 else None
+        for axis, n in zip(axes, sizes, strict=True)
+      )
+      return P(*(None,) * stacked, *axes)
+  dims = [
+    i
+    for i, n in enumerate(shape)
+    if n % mesh.shape["fsdp"] == 0 and not (stacked and i == 0)
+  ]
+  if mesh.shape["fsdp"] == 1 or not dims:
+    return P()
+  axes = [None] * len(shape)
+  axes[max(dims, key=lambda i: shape[i])] = "fsdp"
+  return P(*axes)
+
+
+def shardings_for(tree: Any, mesh: Mesh) -> Any:
+  """Returns a `NamedSharding` for every leaf (array or shape) of a tree."""
+
+  def choose(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      return NamedSharding(mesh, P())
+    return NamedSharding(mesh, spec_for("/" + name, leaf.shape, mesh))
+
+  return jax.tree_util.tree_map_with_path(choose, tree)
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """Makes global arrays, sharded by example, of this host's rows."""
+  sharding = NamedSharding(mesh, BATCH)
+  return {
+    name: jax.make_array_from_process_local_data(sharding, array)
+    for name, array in batch.items()
+  }

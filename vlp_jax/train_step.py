@@ -1,0 +1,212 @@
+"""One update, for any method, with exact accumulation.
+
+A batch of B examples goes through `method.forward` in K chunks, and through
+`method.couple` as a whole. With K > 1 this takes three steps, so that only
+one chunk's activations exist at a time and the gradient is still that of the
+whole batch (Gao et al. 2021, "Scaling deep contrastive learning batch size
+under memory limited setup"):
+
+1. Run all chunks without gradients; keep what `couple` needs of each example
+   and the sums by which means are divided.
+2. Differentiate `couple` on the whole batch, with respect to the parameters
+   and to what it read of each example.
+3. Run each chunk again, and pull the latter gradient back through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vlp_jax import optim, sharding
+from vlp_jax.methods.base import Batch, Context, Coupled, Mean, Method, Output
+from vlp_jax.ops import rng
+from vlp_jax.train_state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+  method: Method,
+  optimizer: optax.GradientTransformation,
+  *,
+  accumulate: int,
+  mesh: Mesh,
+  ema_decay: float,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Returns `step(state, batch) -> (state, metrics)`, to be jitted.
+
+  Args:
+    method: the method.
+    optimizer: of `optim.make_optimizer`; it leaves parameters alone where a
+      gradient is not finite.
+    accumulate: number of chunks K.
+    mesh: the mesh that batches are sharded over.
+    ema_decay: of `ema_params`.
+
+  The metrics are float32 scalars: `loss`, each term, what the method reports,
+  `grad_norm` (before clipping), and `skipped`, the number of updates so far
+  that were left out because of a gradient that is not finite.
+  """
+
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    size = batch["image_id"].shape[0]
+    batch = {**batch, "index": jnp.arange(size, dtype=jnp.int32)}
+    ctx = Context(
+      step=state.step,
+      rngs=rng.streams(state.key, state.step),
+      ema_params=state.ema_params,
+      method_state=state.method_state,
+      train=True,
+    )
+    weights = method.term_weights(state.step)
+    if accumulate == 1:
+      grads, means, method_state = _plain(
+        method, state.params, batch, ctx, weights
+      )
+    else:
+      grads, means, method_state = _accumulated(
+        method, state.params, batch, ctx, weights, accumulate, mesh
+      )
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = method.project(optax.apply_updates(state.params, updates))
+    finite = optim.last_finite(opt_state)
+
+    def accept(new, old):
+      return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    ema_params = state.ema_params
+    if ema_params is not None:
+      average = optax.incremental_update(params, ema_params, 1 - ema_decay)
+      ema_params = accept(average, ema_params)
+    values = {name: mean.total / mean.weight for name, mean in means.items()}
+    metrics = {
+      "loss": sum(w * values[name] for name, w in weights.items()),
+      **values,
+      "grad_norm": optax.global_norm(grads),
+      "skipped": optim.skipped(opt_state).astype(jnp.float32),
+    }
+    state = state.replace(
+      step=state.step + 1,
+      params=params,
+      opt_state=opt_state,
+      ema_params=ema_params,
+      method_state=accept(method_state, state.method_state),
+    )
+    return state, metrics
+
+  return step
+
+
+def _total(
+  terms: dict[str, Mean], divisors: dict[str, Any], weights: dict[str, Any]
+) -> jax.Array:
+  """Sum of weight * total / divisor over the given terms."""
+  parts = [weights[k] * m.total / divisors[k] for k, m in terms.items()]
+  return sum(parts, jnp.float32(0))
+
+
+def _divisors(terms: dict[str, Mean]) -> dict[str, jax.Array]:
+  """What totals are divided by: sums of weights, at least a tiny one."""
+  return {
+    name: jax.lax.stop_gradient(jnp.maximum(mean.weight, 1e-6))
+    for name, mean in terms.items()
+  }
+
+
+def _plain(method, params, batch, ctx, weights):
+  """Gradient, means and new method state of a batch in one piece."""
+
+  def loss(params):
+    out = method.forward(params, batch, ctx)
+    coupled = method.couple(params, out.shared, batch, ctx)
+    terms = {**out.terms, **coupled.terms}
+    means = {**terms, **out.report, **coupled.report}
+    total = _total(terms, _divisors(terms), weights)
+    return total, (_settle(means), coupled.method_state)
+
+  (_, (means, state)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+  return grads, means, state
+
+
+def _settle(means: dict[str, Mean]) -> dict[str, Mean]:
+  """Makes means safe to divide: nothing to average is 0 / tiny."""
+  divisors = _divisors(means)
+  return {k: Mean(m.total, divisors[k]) for k, m in means.items()}
+
+
+def _accumulated(method, params, batch, ctx, weights, accumulate, mesh):
+  """As `_plain`, in chunks; see the module's docstring."""
+  chunks = jax.tree.map(lambda x: split(x, accumulate, mesh), batch)
+  numbers = jnp.arange(accumulate)
+
+  def forward(params, chunk, number) -> Output:
+    # Dropout alone depends on the chunk, and is the same in both passes.
+    dropout = jax.random.fold_in(ctx.rngs["dropout"], number)
+    rngs = {**ctx.rngs, "dropout": dropout}
+    return method.forward(params, chunk, ctx._replace(rngs=rngs))
+
+  # Scans, not Python loops: XLA would merge the two passes of a loop, and
+  # keep the activations of all chunks.
+  _, outs = jax.lax.scan(
+    lambda carry, item: (carry, forward(params, *item)),
+    None,
+    (chunks, numbers),
+  )
+  summed = jax.tree.map(lambda x: jnp.sum(x, axis=0), (outs.terms, outs.report))
+  divisors = _divisors(summed[0])
+  shared = jax.tree.map(lambda x: merge(x, accumulate, mesh), outs.shared)
+
+  def couple(params, shared):
+    coupled: Coupled = method.couple(params, shared, batch, ctx)
+    total = _total(coupled.terms, _divisors(coupled.terms), weights)
+    return total, coupled
+
+  (grads, grad_shared), coupled = jax.grad(couple, (0, 1), has_aux=True)(
+    params, shared
+  )
+  grad_shared = jax.tree.map(lambda x: split(x, accumulate, mesh), grad_shared)
+
+  def backward(grads, item):
+    chunk, number, pull = item
+
+    def loss(params):
+      out = forward(params, chunk, number)
+      pulled = jax.tree.map(lambda x, g: jnp.sum(x * g), out.shared, pull)
+      return _total(out.terms, divisors, weights) + sum(jax.tree.leaves(pulled))
+
+    return jax.tree.map(jnp.add, grads, jax.grad(loss)(params)), None
+
+  grads, _ = jax.lax.scan(backward, grads, (chunks, numbers, grad_shared))
+  terms, report = summed
+  means = {**terms, **coupled.terms, **report, **coupled.report}
+  return grads, _settle(means), coupled.method_state
+
+
+def split(x: jax.Array, accumulate: int, mesh: Mesh) -> jax.Array:
+  """Cuts `[B, ...]` into `[K, B / K, ...]` without moving rows of devices.
+
+  Every device holds a block of consecutive rows; each chunk takes an equal
+  part of every block.
+  """
+  devices = mesh.shape["data"] * mesh.shape["fsdp"]
+  rest = x.shape[1:]
+  x = x.reshape(devices, accumulate, -1, *rest).swapaxes(0, 1)
+  x = x.reshape(accumulate, -1, *rest)
+  spec = NamedSharding(mesh, P(None, *sharding.BATCH))
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def merge(x: jax.Array, accumulate: int, mesh: Mesh) -> jax.Array:
+  """Puts chunks `[K, B / K, ...]` back into global order `[B, ...]`."""
+  devices = mesh.shape["data"] * mesh.shape["fsdp"]
+  rest = x.shape[2:]
+  x = x.reshape(accumulate, devices, -1, *rest).swapaxes(0, 1)
+  spec = NamedSharding(mesh, sharding.BATCH)
+  return jax.lax.with_sharding_constraint(x.reshape(-1, *rest), spec)
