@@ -253,15 +253,15 @@ def skip_nonfinite(
 
   Unlike `optax.apply_if_finite` it never gives in, however many come in a
   row; and a gradient whose norm overflows is refused as well, since its
-  square would stay in Adam's second moment. Values are selected rather than
-  branched on, which XLA fuses into the update.
+  square would stay in Adam's second moment. Values are selected, not branched
+  on: as fast, less memory, and no device waits for another inside a branch.
   """
 
   def init(params):
     return SkipState(jnp.array(True), jnp.int32(0), inner.init(params))
 
   def update(gradients, state, params=None):
-    finite = jnp.isfinite(optax.global_norm(gradients))
+    finite = jnp.isfinite(optax.tree.norm(gradients))
     updates, new = inner.update(gradients, state.inner, params)
     updates = jax.tree.map(
       lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates

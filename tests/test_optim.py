@@ -1,0 +1,335 @@
+"""Optimizers against NumPy, decay by path, schedules, non-finite gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vlp_jax import config as config_lib
+from vlp_jax import optim
+from vlp_jax.errors import UserError
+
+STEPS, WARMUP = 8, 3
+
+
+def make_config(**optimizer):
+  config = config_lib.default_config()
+  config.optimizer.update(optimizer)
+  return config
+
+
+def make_params(seed=0, depth=2):
+  """One leaf of each kind that the models have."""
+  shapes = {
+    "layers": {
+      "attention": {
+        "qkv": {"kernel": (depth, 8, 3, 2, 4), "bias": (depth, 3, 2, 4)},
+        "out": {"proj": {"kernel": (depth, 2, 4, 8), "bias": (depth, 8)}},
+      },
+      "cross": {
+        "q": {"kernel": (depth, 8, 2, 4)},
+        "kv": {"kernel": (depth, 6, 2, 2, 4)},
+      },
+      "mlp": {"up": {"kernel": (depth, 8, 16)}},
+      "norm": {"scale": (depth, 8), "bias": (depth, 8)},
+    },
+    "pool": {"query": (5, 8), "out": {"kernel": (2, 4, 8)}},
+    "patch": {"kernel": (2, 2, 3, 8)},
+    "embedding": {"embedding": (9, 8)},
+    "vocabulary": {"kernel": (8, 9)},
+    "pos": (7, 8),
+    "cls": (8,),
+    "mask_token": (8,),
+    "logit_scale": (),
+  }
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
+    shapes,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+
+
+@functools.cache
+def compiled(config_json):
+  """One compilation a config, whatever number of tests use it."""
+  config = config_lib.from_json(config_json)
+  tx, _ = optim.make_optimizer(config, STEPS, WARMUP)
+
+  def step(params, state, gradient):
+    updates, state = tx.update(gradient, state, params)
+    return optax.apply_updates(params, updates), state
+
+  return jax.jit(tx.init), jax.jit(step, donate_argnums=1)
+
+
+def run(config, gradients, params):
+  """Applies gradients one after another, jitted and with donated state."""
+  init, step = compiled(config_lib.to_json(config))
+  state = init(params)
+  for gradient in gradients:
+    params, state = step(params, state, gradient)
+  return params, state
+
+
+def rate(index, peak, name="cosine", end=0.0):
+  """The learning rate in plain Python."""
+  if index < WARMUP:
+    return peak * (index + 1) / WARMUP
+  t = min((index - WARMUP) / (STEPS - WARMUP), 1)
+  decay = {"cosine": 0.5 * (1 + np.cos(np.pi * t)), "linear": 1 - t}
+  return peak * (end + (1 - end) * decay.get(name, 1.0))
+
+
+DECAYED = {
+  "layers/attention/qkv/kernel",
+  "layers/attention/out/proj/kernel",
+  "layers/cross/q/kernel",
+  "layers/cross/kv/kernel",
+  "layers/mlp/up/kernel",
+  "pool/out/kernel",
+  "patch/kernel",
+  "embedding/embedding",
+  "vocabulary/kernel",
+}
+
+
+def by_name(tree):
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {"/".join(k.key for k in path): leaf for path, leaf in leaves}
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("end", [0.0, 0.1])
+def test_schedules(name, end):
+  config = make_config(learning_rate=0.3)
+  config.schedule.name, config.schedule.end_factor = name, end
+  _, schedule = optim.make_optimizer(config, STEPS, WARMUP)
+  got = [float(jax.jit(schedule)(i)) for i in range(STEPS + 3)]
+  want = [rate(i, 0.3, name, end) for i in range(STEPS + 3)]
+  np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-8)
+
+
+def test_schedule_edges():
+  config = make_config(learning_rate=1.0)
+  _, schedule = optim.make_optimizer(config, 10, 0)
+  assert float(schedule(0)) == 1.0  # no warm-up
+  _, schedule = optim.make_optimizer(config, 4, 8)
+  assert [float(schedule(i)) for i in range(4)] == [0.125, 0.25, 0.375, 0.5]
+
+
+def test_decay_by_path():
+  mask = by_name(optim.decay_mask(make_params()))
+  assert {name for name, decayed in mask.items() if decayed} == DECAYED
+
+
+def test_adamw_equals_numpy():
+  config = make_config(
+    learning_rate=0.1, b1=0.8, b2=0.9, weight_decay=0.2, grad_clip=0.0
+  )
+  gradients = [make_params(seed) for seed in range(1, 5)]
+  got, _ = run(config, gradients, make_params())
+  for name, p in by_name(make_params()).items():
+    p, m, v = np.asarray(p, np.float64), 0, 0
+    for i, gradient in enumerate(gradients):
+      g = np.asarray(by_name(gradient)[name], np.float64)
+      m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g**2
+      step = (
+        m / (1 - 0.8 ** (i + 1)) / (np.sqrt(v / (1 - 0.9 ** (i + 1))) + 1e-8)
+      )
+      p = p - rate(i, 0.1) * (step + 0.2 * (name in DECAYED) * p)
+    np.testing.assert_allclose(by_name(got)[name], p, rtol=1e-5, atol=1e-5)
+
+
+def test_lion_equals_numpy():
+  config = make_config(
+    name="lion", learning_rate=0.1, b1=0.8, b2=0.9, weight_decay=0.2
+  )
+  config.optimizer.grad_clip = 0.0
+  gradients = [make_params(seed) for seed in range(1, 5)]
+  got, _ = run(config, gradients, make_params())
+  for name, p in by_name(make_params()).items():
+    p, m = np.asarray(p, np.float64), 0
+    for i, gradient in enumerate(gradients):
+      g = np.asarray(by_name(gradient)[name], np.float64)
+      step = np.sign(0.8 * m + 0.2 * g)
+      m = 0.9 * m + 0.1 * g
+      p = p - rate(i, 0.1) * (step + 0.2 * (name in DECAYED) * p)
+    np.testing.assert_allclose(by_name(got)[name], p, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("b1", [0.0, 0.8])
+def test_adafactor_equals_numpy(b1):
+  config = make_config(
+    name="adafactor", learning_rate=0.1, b1=b1, weight_decay=0.2, grad_clip=0.0
+  )
+  rng = np.random.default_rng(0)
+  shape = (40, 48)  # both sides are long enough for factors
+  values = [rng.normal(size=shape).astype(np.float32) for _ in range(4)]
+  params, *gradients = [{"up": {"kernel": jnp.asarray(v)}} for v in values]
+  got, state = run(config, gradients, params)
+  p, rows, columns, m = values[0].astype(np.float64), 0, 0, 0
+  for i, g in enumerate(values[1:]):
+    g = g.astype(np.float64)
+    b2 = 1 - (i + 1) ** -0.8
+    rows = b2 * rows + (1 - b2) * (g**2 + 1e-30).mean(1)
+    columns = b2 * columns + (1 - b2) * (g**2 + 1e-30).mean(0)
+    step = g / np.sqrt(np.outer(rows, columns) / rows.mean())
+    step = step / max(1, np.sqrt((step**2).mean()))
+    m = b1 * m + (1 - b1) * step
+    p = p - rate(i, 0.1) * (m + 0.2 * p)
+  np.testing.assert_allclose(got["up"]["kernel"], p, rtol=1e-4, atol=1e-5)
+  second_moment = max(x.size for x in jax.tree.leaves(state) if x.ndim == 1)
+  assert second_moment == 48
+
+
+def orthogonalized(g):
+  """Newton-Schulz as published, on one matrix [in, out] (Jordan 2024)."""
+  a, b, c = 3.4445, -4.7750, 2.0315
+  x = g.T if g.shape[0] > g.shape[1] else g
+  x = x / np.linalg.norm(x)
+  for _ in range(5):
+    s = x @ x.T
+    x = a * x + (b * s + c * s @ s) @ x
+  return x.T if g.shape[0] > g.shape[1] else x
+
+
+def matrices(name, x):
+  """Cuts a parameter into the matrices [in, out] that it is made of."""
+  x = np.asarray(x, np.float64)
+  if not name.startswith("layers/"):
+    x = x[None]
+  for layer in x:
+    if "qkv" in name or "/kv/" in name:
+      parts = [
+        layer[:, i].reshape(len(layer), -1) for i in range(layer.shape[1])
+      ]
+    elif "/q/" in name:
+      parts = [layer.reshape(len(layer), -1)]
+    elif "up" in name:
+      parts = [layer]
+    else:  # out, patch
+      parts = [layer.reshape(-1, layer.shape[-1])]
+    yield from parts
+
+
+def test_muon_equals_numpy():
+  """The first update is that of the gradient, per layer and per q, k, v."""
+  config = make_config(
+    name="muon",
+    learning_rate=0.1,
+    muon_learning_rate=0.3,
+    weight_decay=0.0,
+    grad_clip=0.0,
+  )
+  params, gradient = make_params(), make_params(1)
+  after, _ = run(config, [gradient], params)
+  update = jax.tree.map(lambda a, b: a - b, params, after)
+  update, gradient = by_name(update), by_name(gradient)
+  rest = set(update) - DECAYED | {"vocabulary/kernel", "embedding/embedding"}
+  for name in rest:  # AdamW: the first update is the gradient's sign
+    want = rate(0, 0.1) * np.sign(gradient[name])
+    np.testing.assert_allclose(update[name], want, rtol=1e-4, atol=1e-6)
+  for name in set(update) - rest:
+    pairs = zip(
+      matrices(name, update[name]), matrices(name, gradient[name]), strict=True
+    )
+    for u, g in pairs:
+      grow = np.sqrt(max(1, g.shape[1] / g.shape[0]))
+      want = rate(0, 0.3) * grow * orthogonalized(g)
+      np.testing.assert_allclose(u, want, rtol=2e-3, atol=2e-4, err_msg=name)
+      singular = np.linalg.svd(u / (rate(0, 0.3) * grow), compute_uv=False)
+      # Newton-Schulz lifts small singular values, it does not reach all.
+      assert singular.max() < 1.3 and np.median(singular) > 0.6, name
+
+
+def test_muon_decays_weights():
+  off, on = (
+    run(
+      make_config(name="muon", weight_decay=decay, muon_learning_rate=0.3),
+      [make_params(1)],
+      make_params(),
+    )[0]
+    for decay in (0.0, 0.5)
+  )
+  shrunk = jax.tree.map(lambda a, b: a - b, off, on)
+  for name, p in by_name(make_params()).items():
+    table = name in ("vocabulary/kernel", "embedding/embedding")
+    peak = 1e-3 if table else 0.3
+    want = rate(0, peak) * 0.5 * (name in DECAYED) * np.asarray(p)
+    np.testing.assert_allclose(by_name(shrunk)[name], want, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+def test_a_stack_is_trained_like_its_layers(name):
+  config = make_config(name=name, grad_clip=0.0)
+  gradients = [make_params(seed) for seed in (1, 2)]
+  stacked, _ = run(config, gradients, make_params())
+  for i in range(2):
+    layer = [
+      {"layer": jax.tree.map(lambda x, i=i: x[i], tree["layers"])}
+      for tree in (make_params(), *gradients)
+    ]
+    alone, _ = run(config, layer[1:], layer[0])
+    for leaf, value in by_name(alone["layer"]).items():
+      np.testing.assert_allclose(
+        by_name(stacked["layers"])[leaf][i], value, rtol=1e-5, atol=1e-6
+      )
+
+
+def test_clipping():
+  config = make_config(grad_clip=1e-3)
+  _, state = run(config, [make_params(1)], make_params())
+  mu = optax.tree.get(state, "mu")  # (1 - b1) * clipped gradient
+  norm = np.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(mu)))
+  np.testing.assert_allclose(norm, 0.1 * 1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
+def test_nonfinite_gradients_change_nothing(name):
+  config = make_config(name=name)
+  good = [make_params(seed) for seed in (1, 2)]
+  poison = []
+  for bad in (np.nan, np.inf, 1e30):
+    tree = make_params(3)
+    poison.append({**tree, "cls": tree["cls"].at[3].set(bad)})
+  want, want_state = run(config, good, make_params())
+  got, state = run(config, [good[0], *poison, good[1]], make_params())
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+  jax.tree.map(np.testing.assert_array_equal, state.inner, want_state.inner)
+  assert optim.skipped(state) == 3 and optim.last_finite(state)
+  _, state = run(config, [poison[0]], make_params())
+  assert optim.skipped(state) == 1 and not optim.last_finite(state)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
+def test_state_has_a_fixed_structure(name):
+  """What jit, donation and a restored checkpoint rely on."""
+  config = make_config(name=name, mu_dtype="bfloat16")
+  tx, _ = optim.make_optimizer(config, STEPS, WARMUP)
+  params = jax.eval_shape(make_params)
+  before = jax.eval_shape(tx.init, params)
+  _, after = jax.eval_shape(tx.update, params, before, params)
+  assert jax.tree.structure(before) == jax.tree.structure(after)
+  for old, new in zip(
+    jax.tree.leaves(before), jax.tree.leaves(after), strict=True
+  ):
+    assert (old.shape, old.dtype) == (new.shape, new.dtype)
+  assert any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(after))
+
+
+@pytest.mark.parametrize(
+  "field, says",
+  [
+    ("optimizer.name=adam", "the optimizers are adamw, adafactor, lion, muon"),
+    ("optimizer.mu_dtype=fp8", "neither float32 nor bfloat16"),
+    ("schedule.name=step", "the schedules are cosine, linear, constant"),
+  ],
+)
+def test_unknown_names_are_refused(field, says):
+  config = config_lib.override(make_config(), [field])
+  with pytest.raises(UserError, match=says):
+    optim.make_optimizer(config, STEPS, WARMUP)
