@@ -86,6 +86,15 @@ def shardings_for(tree: Any, mesh: Mesh) -> Any:
   return jax.tree_util.tree_map_with_path(choose, tree)
 
 
+def with_shardings(abstract: Any, mesh: Mesh) -> Any:
+  """Puts their shardings on a tree of `ShapeDtypeStruct`s."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    abstract,
+    shardings_for(abstract, mesh),
+  )
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """Makes global arrays, sharded by example, of this host's rows."""
   sharding = NamedSharding(mesh, BATCH)

@@ -64,6 +64,11 @@ def create(
   )
 
 
+def abstract_params(method: Method, config: Any) -> Params:
+  """Shapes and dtypes of a method's parameters, without making them."""
+  return jax.eval_shape(method.init, jax.random.key(0), batch_spec(config))[0]
+
+
 def batch_spec(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes and dtypes of a global training batch."""
   b, size = config.batch_size, config.data.image_size

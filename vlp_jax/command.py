@@ -1,0 +1,96 @@
+"""What every command does first and last: devices, caches, errors, exits."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+import jax
+
+from vlp_jax.errors import UserError
+
+# What a launcher takes as "start me again" (sysexits.h: EX_TEMPFAIL).
+PREEMPTED = 75
+
+
+class Preempted(Exception):
+  """The run was asked to stop, and has saved itself."""
+
+
+def execute(main: Callable[[Sequence[str]], None]) -> None:
+  """Runs a command and exits.
+
+  Status 0: done. 2: a mistake of the user's, told in one line on stderr. 75:
+  stopped by SIGTERM, saved, may be started again. Anything else is a bug and
+  ends in a traceback.
+
+  Args:
+    main: called with the arguments, without the program's name.
+  """
+  logging.getLogger("absl").setLevel(logging.WARNING)
+  try:
+    main(sys.argv[1:])
+  except Preempted as stop:
+    print(stop, file=sys.stderr)
+    sys.exit(PREEMPTED)
+  except UserError as error:
+    _fail(str(error))
+  except PermissionError as error:
+    _fail(f"no permission to write {error.filename}; choose another folder")
+  except OSError as error:
+    if error.errno != errno.ENOSPC:
+      raise
+    _fail(f"no space left on the disk ({error.filename}); free some and resume")
+  except KeyboardInterrupt:
+    print("stopped; the same command resumes", file=sys.stderr)
+    sys.exit(130)
+
+
+def _fail(message: str) -> None:
+  print(f"error: {' '.join(message.split())}", file=sys.stderr)
+  sys.exit(2)
+
+
+def set_up_devices(batch_size: int) -> None:
+  """Makes one JAX device of every CPU core, and keeps what is compiled.
+
+  On a CPU, a batch that is sharded over one device a core runs faster than
+  one device with as many threads (benchmarks/train_step.py). Call it before
+  JAX is used. `JAX_NUM_CPU_DEVICES` and `JAX_COMPILATION_CACHE_DIR`, where
+  set, are left alone.
+
+  Args:
+    batch_size: examples that every device must get an equal part of.
+  """
+  if "JAX_NUM_CPU_DEVICES" not in os.environ:
+    cores = len(os.sched_getaffinity(0)) if hasattr(
+      os, "sched_getaffinity"
+    ) else os.cpu_count()
+    fitting = [n for n in range(1, cores + 1) if batch_size % n == 0]
+    jax.config.update("jax_num_cpu_devices", max(fitting))
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    cache = pathlib.Path.home() / ".cache" / "vlp_jax" / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def make_folder(path: str | os.PathLike) -> pathlib.Path:
+  """Makes a folder that can be written to.
+
+  Raises:
+    UserError: if it cannot be made or written.
+  """
+  path = pathlib.Path(path)
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / ".writable"
+    probe.touch()
+    probe.unlink()
+  except OSError as error:
+    raise UserError(
+      f"cannot write to {path} ({error.strerror}); choose another folder"
+    ) from None
+  return path

@@ -1,0 +1,80 @@
+"""Exports a run: `python -m vlp_jax.export --workdir=runs/sycoca --output=DIR`.
+
+  --workdir=DIR     a folder that vlp_jax.main has trained in
+  --output=DIR      a new folder (default: <workdir>/export)
+  --format=orbax    parameters in an Orbax checkpoint, with the config, the
+                    tokenizer and the preprocessing; vlp_jax.load reads it
+  --step=N          which checkpoint (default: the last)
+  --best            the checkpoint with the best validation metric
+  --ema             the moving average of the parameters
+"""
+
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from vlp_jax import checkpoint, command, runs
+from vlp_jax import config as config_lib
+from vlp_jax.errors import UserError
+from vlp_jax.flags import parse_flags
+from vlp_jax.ops import patches
+
+FORMATS = ("orbax",)
+FLAGS = dict(
+  workdir="", output="", format="orbax", step=-1, best=False, ema=False
+)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Reads the command line and exports."""
+  if {"-h", "--help"} & set(argv):
+    print(__doc__.strip())
+    sys.exit(0)
+  flags, overrides = parse_flags(argv, FLAGS)
+  if not flags["workdir"]:
+    raise UserError("--workdir=DIR is missing; --help shows the usage")
+  if flags["format"] not in FORMATS:
+    raise UserError(
+      f"--format={flags['format']} is not one of {', '.join(FORMATS)}"
+    )
+  config = runs.read_config(flags["workdir"], overrides)
+  command.set_up_devices(config.batch_size)
+  run = runs.open_run(
+    flags["workdir"],
+    config,
+    step=None if flags["step"] < 0 else flags["step"],
+    best=flags["best"],
+    use_ema=flags["ema"],
+  )
+  output = pathlib.Path(flags["output"] or f"{flags['workdir']}/export")
+  export(run, output)
+  print(f"exported step {run.step:,} to {output}; vlp_jax.load({str(output)!r})")
+
+
+def export(run: runs.Run, output: pathlib.Path) -> None:
+  """Writes a run's parameters and all that is needed to use them.
+
+  Raises:
+    UserError: if `output` holds an export already, or cannot be written.
+  """
+  if (output / "params").exists():
+    raise UserError(f"{output} holds an export already; give another --output")
+  output = command.make_folder(output)
+  config_lib.save(run.config, output / "config.json")
+  (output / "tokenizer.model").write_bytes(run.tokenizer.proto)
+  preprocessing = {
+    "image_size": run.config.data.image_size,
+    "resize": "bicubic, antialiased, short side; then centre crop",
+    "mean": patches.MEAN,
+    "std": patches.STD,
+    "max_len": run.config.tokenizer.max_len,
+    "step": run.step,
+  }
+  text = json.dumps(preprocessing, indent=2) + "\n"
+  (output / "preprocessing.json").write_text(text)
+  checkpoint.save_params(output / "params", run.params)
+
+
+if __name__ == "__main__":
+  command.execute(main)

@@ -1,0 +1,123 @@
+"""Uses what `vlp_jax.export` wrote, from Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from vlp_jax import checkpoint, train_state
+from vlp_jax import config as config_lib
+from vlp_jax.data import pipeline, tokenizer as tokenizer_lib
+from vlp_jax.errors import UserError
+from vlp_jax.methods import base as methods
+from vlp_jax.methods.base import Method, Params
+
+Picture = str | os.PathLike | bytes | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+  """A trained model, ready to be used.
+
+  Attributes:
+    config: as it was trained.
+    method: the method; for what is not offered here.
+    params: its parameters.
+    tokenizer: its tokenizer.
+  """
+
+  config: ConfigDict
+  method: Method
+  params: Params
+  tokenizer: tokenizer_lib.Tokenizer
+
+  def preprocess(self, pictures: Sequence[Picture]) -> np.ndarray:
+    """Reads pictures as the model expects them.
+
+    Args:
+      pictures: paths, encoded bytes (PNG, JPEG), or uint8 arrays `[H, W, 3]`.
+
+    Returns:
+      uint8 `[B, S, S, 3]`.
+    """
+    size = self.config.data.image_size
+    return np.stack([_read(picture, size) for picture in pictures])
+
+  def encode_image(self, pictures: Sequence[Picture]) -> np.ndarray:
+    """Embeds pictures: float32 `[B, E]`, of unit length."""
+    batch = {"image": self.preprocess(pictures)}
+    return np.asarray(self._encode_image(self.params, batch))
+
+  def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+    """Embeds texts: float32 `[B, E]`, of unit length."""
+    length = self.config.tokenizer.max_len
+    ids, lengths = self.tokenizer.encode_batch(list(texts), length)
+    batch = {"text": ids, "text_len": lengths}
+    return np.asarray(self._encode_text(self.params, batch))
+
+  def caption(self, pictures: Sequence[Picture]) -> list[str]:
+    """Writes a caption for each picture.
+
+    Raises:
+      UserError: if the method writes no captions.
+    """
+    if not hasattr(self.method, "generate"):
+      raise UserError(f"{self.config.method.name} writes no captions")
+    ids = self._generate(self.params, {"image": self.preprocess(pictures)})
+    return [self.tokenizer.decode(row) for row in np.asarray(ids)]
+
+  @functools.cached_property
+  def _encode_image(self):
+    return jax.jit(self.method.encode_image)
+
+  @functools.cached_property
+  def _encode_text(self):
+    return jax.jit(self.method.encode_text)
+
+  @functools.cached_property
+  def _generate(self):
+    return jax.jit(
+      functools.partial(
+        self.method.generate,
+        max_len=self.config.tokenizer.max_len,
+        bos_id=tokenizer_lib.BOS,
+        eos_id=tokenizer_lib.EOS,
+      )
+    )
+
+
+def load(directory: str | os.PathLike) -> Pretrained:
+  """Loads what `python -m vlp_jax.export` wrote, on one device.
+
+  Raises:
+    UserError: if the folder holds no export.
+  """
+  directory = pathlib.Path(directory)
+  if not (directory / "config.json").is_file():
+    raise UserError(f"no export in {directory}: it holds no config.json")
+  config = config_lib.from_json((directory / "config.json").read_text())
+  method = methods.get(config.method.name, config)
+  abstract = train_state.abstract_params(method, config)
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
+  )
+  params = checkpoint.load_params(directory / "params", abstract)
+  proto = (directory / "tokenizer.model").read_bytes()
+  return Pretrained(config, method, params, tokenizer_lib.Tokenizer(proto))
+
+
+def _read(picture: Picture, size: int) -> np.ndarray:
+  if isinstance(picture, (str, os.PathLike)):
+    try:
+      picture = pathlib.Path(picture).read_bytes()
+    except OSError as error:
+      raise UserError(f"cannot read {picture}: {error.strerror}") from None
+  return pipeline.decode_image(picture, size)

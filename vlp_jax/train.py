@@ -1,0 +1,268 @@
+"""The loop: build, restore, then batch, step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import threading
+import time
+
+import jax
+from ml_collections import ConfigDict
+
+from vlp_jax import checkpoint as checkpoint_lib
+from vlp_jax import command, metrics, optim, sharding, train_state, train_step
+from vlp_jax import config as config_lib
+from vlp_jax.data import pipeline, sources, tokenizer as tokenizer_lib
+from vlp_jax.errors import UserError
+from vlp_jax.evaluators import base as evaluators_lib
+from vlp_jax.evaluators import pictures
+from vlp_jax.methods import base as methods
+from vlp_jax.methods.base import Method, Params
+
+
+def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
+  """Trains to the end, from where `workdir` stands.
+
+  Args:
+    config: of the run; see `config.default_config`.
+    workdir: gets config.json, metrics.jsonl, events, checkpoints/, pictures/
+      and results.json.
+
+  Returns:
+    The final metrics, by flat name.
+
+  Raises:
+    UserError: if the config, the data or the folder cannot work; before the
+      first step, wherever that can be known.
+    Preempted: after SIGTERM, when the state is saved.
+  """
+  started = time.time()
+  method = methods.get(config.method.name, config)
+  config_lib.validate(config, jax.device_count(), method.match_group)
+  workdir = command.make_folder(workdir)
+  config_lib.check_same(config, workdir / "config.json")
+  mesh = sharding.make_mesh(config_lib.mesh_shape(config, jax.device_count()))
+  source = sources.open_source(config.data, config.data.train_split)
+  tokenizer = tokenizer_lib.get_tokenizer(config, source)
+  env = evaluators_lib.Env(config, mesh, tokenizer, workdir)
+  evaluators = evaluators_lib.build_all(method, env)
+  total_steps = config_lib.num_steps(config, len(source))
+  optimizer, schedule = optim.make_optimizer(
+    config, total_steps, config_lib.warmup_steps(config, len(source))
+  )
+  if jax.process_index() == 0:
+    config_lib.save(config, workdir / "config.json")
+
+  def create():
+    return train_state.create(
+      method,
+      optimizer,
+      train_state.batch_spec(config),
+      seed=config.seed,
+      use_ema=method.uses_ema or config.ema.decay > 0,
+    )
+
+  abstract = jax.eval_shape(create)
+  shardings = sharding.shardings_for(abstract, mesh)
+  checkpoints = checkpoint_lib.Checkpointer(
+    workdir / "checkpoints",
+    keep=config.checkpoint.keep,
+    best_metric=config.checkpoint.best_metric,
+  )
+  fingerprint = pipeline.data_fingerprint(source, tokenizer, config)
+  fingerprint["accumulate"] = config.accumulate
+  if checkpoints.latest_step() is None:
+    state, seconds = jax.jit(create, out_shardings=shardings)(), 0.0
+  else:
+    state, meta = checkpoints.restore(
+      sharding.with_shardings(abstract, mesh)
+    )
+    check_fingerprint(meta["fingerprint"], fingerprint)
+    seconds = meta["seconds"]
+  start = int(state.step)
+  step_fn = jax.jit(
+    train_step.make_train_step(
+      method,
+      optimizer,
+      accumulate=config.accumulate,
+      mesh=mesh,
+      ema_decay=config.ema.decay,
+    ),
+    donate_argnums=0,
+    out_shardings=(shardings, None),
+  )
+  announce(config, method, state.params, source, mesh, start, total_steps)
+
+  writer = metrics.Writer(workdir, start)
+  progress = metrics.Progress(total_steps, config.batch_size, start)
+  batches = pipeline.train_batches(
+    source,
+    tokenizer,
+    config,
+    start_step=start,
+    host=jax.process_index(),
+    num_hosts=jax.process_count(),
+  )
+  pending = None
+
+  def log() -> None:
+    """Writes the metrics of the step before, which the device has finished."""
+    if pending is None:
+      return
+    step, values = pending
+    values = {k: float(v) for k, v in jax.device_get(values).items()}
+    progress.update(step, values["loss"])
+    if step % config.log.every_steps == 0 or step == total_steps:
+      learning_rate = float(schedule(step - 1))
+      scalars = {f"train/{name}": value for name, value in values.items()}
+      scalars["train/learning_rate"] = learning_rate
+      writer.write(step, scalars | progress.rates())
+
+  def save(step: int, scores: dict[str, float] | None = None) -> None:
+    spent = seconds + time.time() - started
+    meta = {"fingerprint": fingerprint, "seconds": spent}
+    checkpoints.save(step, state, meta, scores)
+
+  results: dict[str, float] = {}
+  with Preemption() as preemption, progress:
+    for step in range(start + 1, total_steps + 1):
+      with progress.waiting():
+        batch = sharding.put_batch(next(batches), mesh)
+      state, values = step_fn(state, batch)
+      log()
+      pending = step, values
+      results = {}
+      due = due_evaluators(config, evaluators, step, total_steps)
+      if due:
+        with progress.pause("evaluating"):
+          results = evaluate(due, config, state.params, state.ema_params)
+        writer.write(step, results)
+      if preemption.requested or is_due(
+        step, config.checkpoint.every_steps, total_steps
+      ):
+        with progress.pause("saving"):
+          save(step, results)
+      if preemption.requested and step < total_steps:
+        log()
+        checkpoints.wait()
+        raise command.Preempted(
+          f"preempted: saved step {step} in {workdir}; the same command resumes"
+        )
+    log()
+  batches.close()
+  if start >= total_steps:
+    results = evaluate(evaluators, config, state.params, state.ema_params)
+  checkpoints.close()
+  pictures.make_pictures(method, state.params, env, workdir)
+  writer.close()
+  metrics.write_results(
+    workdir,
+    config=config,
+    step=int(state.step),
+    params_sha256=metrics.params_sha256(state.params),
+    seconds=seconds + time.time() - started,
+    metrics=results,
+  )
+  metrics.print_table(results)
+  return results
+
+
+class Preemption:
+  """Notes SIGTERM, so that the loop can stop between two steps."""
+
+  def __init__(self):
+    self.requested = False
+
+  def __enter__(self) -> Preemption:
+    # Signals belong to the main thread; a run inside another goes without.
+    self._main = threading.current_thread() is threading.main_thread()
+    if self._main:
+      self._previous = signal.signal(signal.SIGTERM, self._note)
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._main:
+      signal.signal(signal.SIGTERM, self._previous)
+
+  def _note(self, *_) -> None:
+    self.requested = True
+
+
+def is_due(step: int, every_steps: int, total_steps: int) -> bool:
+  """Tells whether something that happens every N steps (0: at the end) is due."""
+  return step == total_steps or (every_steps > 0 and step % every_steps == 0)
+
+
+def due_evaluators(
+  config: ConfigDict, evaluators: dict, step: int, total_steps: int
+) -> dict:
+  """Returns those evaluators that are to run after a step."""
+  return {
+    name: evaluator
+    for name, evaluator in evaluators.items()
+    if is_due(step, config.evals[name].every_steps, total_steps)
+  }
+
+
+def evaluate(
+  evaluators: dict,
+  config: ConfigDict,
+  params: Params,
+  ema_params: Params | None,
+) -> dict[str, float]:
+  """Runs evaluators; metrics are named `<prefix>/<type>/<metric>`."""
+  results = {}
+  for name, evaluator in evaluators.items():
+    fields = config.evals[name]
+    average = fields.use_ema and ema_params is not None
+    values = evaluator.run(ema_params if average else params)
+    prefix = f"{fields.prefix}/{fields.type}"
+    results |= {f"{prefix}/{key}": float(v) for key, v in values.items()}
+  return results
+
+
+def check_fingerprint(old: dict, new: dict) -> None:
+  """Refuses to resume on other data.
+
+  Raises:
+    UserError: naming what differs.
+  """
+  differ = [
+    f"{name}: {old.get(name)} -> {new.get(name)}"
+    for name in sorted({**old, **new})
+    if old.get(name) != new.get(name)
+  ]
+  if differ:
+    raise UserError(
+      f"the checkpoint was trained on other data ({'; '.join(differ)}); give "
+      "another --workdir, or the same data to resume"
+    )
+
+
+def announce(
+  config: ConfigDict,
+  method: Method,
+  params: Params,
+  source,
+  mesh,
+  start: int,
+  total_steps: int,
+) -> None:
+  """Says what is about to run, in three lines."""
+  if jax.process_index() != 0:
+    return
+  count = sum(x.size for x in jax.tree.leaves(params))
+  shape = " x ".join(f"{n} {axis}" for axis, n in mesh.shape.items() if n > 1)
+  device = jax.devices()[0].device_kind
+  print(
+    f"{type(method).__name__}: {count:,} parameters on "
+    f"{mesh.size} x {device}{f' ({shape})' if shape else ''}"
+  )
+  print(f"data: {source.name}, {len(source):,} training pictures")
+  print(
+    f"steps {start + 1:,} to {total_steps:,} of {config.batch_size} examples"
+    if start < total_steps
+    else f"already trained for {total_steps:,} steps: evaluating"
+  )
