@@ -1,0 +1,320 @@
+"""Checkpoints: asynchronous, atomic, restored onto any mesh, bit for bit.
+
+The one module that knows Orbax. A checkpoint is a folder named after its
+step; it appears under that name when it is whole, so a run killed while it
+saves leaves the one before. Inside are `state` (every array of the training
+state) and `meta` (JSON).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from vlp_jax.errors import UserError
+
+# How TensorStore begins to tell of files that are not whole.
+_DAMAGE = ("DATA_LOSS", "FAILED_PRECONDITION", "NOT_FOUND", "OUT_OF_RANGE")
+# Troubles with the disk that TensorStore, too, names in these words.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_SHOWN = 5  # leaves that a message names
+
+
+class Checkpointer:
+  """The checkpoints of one run."""
+
+  def __init__(
+    self,
+    directory: str | os.PathLike,
+    keep: int = 1,
+    best_metric: str = "",
+    *,
+    writable: bool = True,
+  ):
+    """Opens a folder, and clears what a killed run left unfinished in it.
+
+    Args:
+      directory: holds the checkpoints; made if `writable`.
+      keep: how many of the last to keep.
+      best_metric: the name of a metric; the checkpoint where it was highest
+        is kept as well (of several, the last).
+      writable: False leaves the folder as it is: for evaluating a run that
+        may be going on.
+
+    Raises:
+      UserError: if the folder cannot be made or written.
+    """
+    logging.getLogger("absl").addFilter(_not_orbax)
+    self._directory = pathlib.Path(directory).absolute()
+    self._best_metric = best_metric
+    kept = [policies.LatestN(keep)]
+    if best_metric:
+      best = policies.BestN(get_metric_fn=_score, n=1)
+      kept.append(best)
+    options = ocp.CheckpointManagerOptions(
+      create=writable,
+      cleanup_tmp_directories=writable,
+      best_fn=_score if best_metric else None,
+      preservation_policy=policies.AnyPreservationPolicy(kept),
+    )
+    with self._explained():
+      self._manager = ocp.CheckpointManager(
+        self._directory,
+        options=options,
+        item_handlers={
+          "state": ocp.StandardCheckpointHandler(),
+          "meta": ocp.JsonCheckpointHandler(),
+        },
+      )
+
+  def save(
+    self,
+    step: int,
+    state: Any,
+    meta: Mapping[str, Any],
+    metrics: Mapping[str, float] | None = None,
+  ) -> None:
+    """Copies the state off the devices, and writes it in the background.
+
+    The state may be donated as soon as this returns. A step that is already
+    saved is left as it is.
+
+    Args:
+      step: finished updates.
+      state: a pytree of arrays.
+      meta: what JSON can hold.
+      metrics: if `best_metric` is among them, it ranks this checkpoint.
+
+    Raises:
+      UserError: if this save cannot begin, or the one before did not end,
+        for want of space or permission.
+    """
+    if step in self._manager.all_steps():
+      return
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))
+    )
+    ranked = None
+    if self._best_metric:
+      score = (metrics or {}).get(self._best_metric, -math.inf)
+      ranked = {"score": score if math.isfinite(score) else -math.inf}
+    with self._explained():
+      self._manager.save(step, args=args, metrics=ranked)
+
+  def latest_step(self) -> int | None:
+    """Returns the last step that was saved, or None."""
+    return self._manager.latest_step()
+
+  def best_step(self) -> int | None:
+    """Returns the kept step where `best_metric` is highest, or None."""
+    if not self._best_metric:
+      return None
+    step = self._manager.best_step()
+    known = step is not None and _score(self._manager.metrics(step))
+    return step if known and math.isfinite(known) else None
+
+  def restore(
+    self, abstract: Any, step: int | None = None
+  ) -> tuple[Any, dict[str, Any]]:
+    """Restores a whole state.
+
+    Without `step`, a last checkpoint whose files are damaged is set aside
+    (renamed to `<step>.damaged`), and the one before is taken.
+
+    Args:
+      abstract: `ShapeDtypeStruct`s with shardings, of any mesh, in the
+        structure of the state that was saved.
+      step: which one; None is the last.
+
+    Returns:
+      The state, and `meta`.
+
+    Raises:
+      UserError: if there is none, if it is of another structure (naming the
+        leaves), or if a step that was asked for is damaged.
+    """
+    while True:
+      chosen = self._choose(step)
+      try:
+        self._check_structure(chosen, abstract)
+        restored = self._manager.restore(
+          chosen,
+          args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract),
+            meta=ocp.args.JsonRestore(),
+          ),
+        )
+        return restored.state, restored.meta
+      except Exception as error:
+        self._set_aside(chosen, error, asked=step is not None)
+
+  def restore_params(
+    self, abstract: Any, step: int | None = None
+  ) -> tuple[Any, Any | None, dict[str, Any]]:
+    """Restores what evaluation and export need; never the optimizer.
+
+    Args:
+      abstract: `ShapeDtypeStruct`s with shardings, of the parameters.
+      step: which one; None is the last.
+
+    Returns:
+      The parameters, their moving average (None if the run kept none), and
+      `meta`.
+
+    Raises:
+      UserError: as in `restore`.
+    """
+    chosen = self._choose(step)
+    try:
+      wanted = {"params": abstract}
+      if any(name.startswith("ema_params/") for name in self._saved(chosen)):
+        wanted["ema_params"] = abstract
+      self._check_structure(chosen, wanted, partial=True)
+      with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        restored = reader.restore(
+          self._directory / str(chosen) / "state",
+          args=ocp.args.PyTreeRestore(
+            wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=True,
+          ),
+        )
+      meta = self._manager.restore(
+        chosen, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+      ).meta
+    except Exception as error:
+      self._set_aside(chosen, error, asked=True)
+    return restored["params"], restored.get("ema_params"), meta
+
+  def wait(self) -> None:
+    """Returns when the save that is under way is on the disk.
+
+    Raises:
+      UserError: if it failed for want of space or permission.
+    """
+    with self._explained():
+      self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, and ends the background threads. Raises as `wait` does."""
+    with self._explained():
+      self._manager.close()
+
+  def _choose(self, step: int | None) -> int:
+    steps = self._manager.all_steps()
+    if not steps:
+      raise UserError(f"no checkpoint in {self._directory}")
+    if step is not None and step not in steps:
+      raise UserError(
+        f"no checkpoint of step {step} in {self._directory}; there are "
+        f"{', '.join(map(str, steps))}"
+      )
+    return steps[-1] if step is None else step
+
+  def _saved(self, step: int) -> dict[str, str]:
+    """Returns the shape and dtype of every array, by name."""
+    saved = self._manager.item_metadata(step)["state"]
+    if saved is None:
+      raise FileNotFoundError("state")
+    return _describe(saved.tree)
+
+  def _check_structure(
+    self, step: int, abstract: Any, partial: bool = False
+  ) -> None:
+    saved, wanted = self._saved(step), _describe(abstract)
+    names = sorted(wanted if partial else {**saved, **wanted})
+    none = "(none)"
+    differ = [
+      f"{name}: {saved.get(name, none)} -> {wanted.get(name, none)}"
+      for name in names
+      if saved.get(name) != wanted.get(name)
+    ]
+    if differ:
+      more = len(differ) - _SHOWN
+      raise UserError(
+        f"checkpoint {self._directory / str(step)} is of another model or "
+        f"optimizer: {'; '.join(differ[:_SHOWN])}"
+        + (f"; and {more} more" if more > 0 else "")
+      )
+
+  def _set_aside(self, step: int, error: Exception, asked: bool) -> None:
+    """Renames a damaged checkpoint; raises any other error again."""
+    if not any(map(_is_damage, _causes(error))):
+      raise error
+    path = self._directory / str(step)
+    reason = f"checkpoint {path} is damaged ({_brief(error)})"
+    # Processes that disagree on which step to take would hang; they stop.
+    if asked or jax.process_count() > 1:
+      raise UserError(f"{reason}; remove it to use another") from error
+    logging.getLogger(__name__).warning("%s; using the one before", reason)
+    path.rename(path.with_suffix(".damaged"))
+    self._manager.reload()
+
+  @contextmanager
+  def _explained(self) -> Iterator[None]:
+    """Turns a full disk and missing permissions into a `UserError`."""
+    try:
+      yield
+    except Exception as error:
+      trouble = filter(None, map(_disk_trouble, _causes(error)))
+      for reason in trouble:
+        raise UserError(
+          f"cannot write {self._directory} ({reason}); mend that, or choose "
+          "another --workdir, and start again"
+        ) from error
+      raise
+
+
+def _score(metrics: Mapping[str, float]) -> float:
+  return metrics["score"]
+
+
+def _describe(tree: Any) -> dict[str, str]:
+  """Returns `(shape) dtype` of every array of a tree, by name."""
+
+  def describe(leaf):
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return f"{tuple(leaf.shape)} {leaf.dtype}"
+
+  flat = ocp.tree.to_flat_dict(tree, sep="/")
+  return {name: describe(leaf) for name, leaf in flat.items()}
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+  while error is not None:
+    yield error
+    error = error.__cause__ or error.__context__
+
+
+def _disk_trouble(error: BaseException) -> str | None:
+  if isinstance(error, OSError):
+    return error.strerror
+  words = map(os.strerror, _DISK)
+  return next((text for text in words if text in str(error)), None)
+
+
+def _is_damage(error: BaseException) -> bool:
+  kinds = (FileNotFoundError, json.JSONDecodeError)
+  return isinstance(error, kinds) or str(error).startswith(_DAMAGE)
+
+
+def _brief(error: Exception) -> str:
+  *_, root = _causes(error)
+  return f"{type(root).__name__}: {str(root).splitlines()[0][:120]}"
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+  """Drops Orbax's log: what goes wrong is raised, and told once."""
+  return "orbax" not in record.pathname
