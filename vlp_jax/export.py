@@ -62,7 +62,7 @@ def export(run: runs.Run, output: pathlib.Path) -> None:
     raise UserError(f"{output} holds an export already; give another --output")
   output = command.make_folder(output)
   config_lib.save(run.config, output / "config.json")
-  (output / "tokenizer.model").write_bytes(run.tokenizer.proto)
+  (output / "tokenizer.model").write_bytes(run.tokenizer.model)
   preprocessing = {
     "image_size": run.config.data.image_size,
     "resize": "bicubic, antialiased, short side; then centre crop",

@@ -87,8 +87,8 @@ class Pretrained:
       functools.partial(
         self.method.generate,
         max_len=self.config.tokenizer.max_len,
-        bos_id=tokenizer_lib.BOS,
-        eos_id=tokenizer_lib.EOS,
+        bos_id=self.tokenizer.bos_id,
+        eos_id=self.tokenizer.eos_id,
       )
     )
 

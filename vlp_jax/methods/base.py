@@ -247,7 +247,7 @@ class CaptionerMethod(DualEncoderMethod):
       mutable=["intermediates"],
     )
     stack = state["intermediates"]["decoder"]["transformer"]["layers"]
-    (probabilities,) = stack["cross_attention"]  # [layers, B, heads, L - 1, N]
+    (probabilities,) = stack["attention_map"]  # [layers, B, heads, L - 1, N]
     rows = jnp.mean(probabilities, axis=(0, 2))
     # The row that writes token t is the one of token t - 1.
     weights = captioning.targets(batch["text"], batch["text_len"])[1]

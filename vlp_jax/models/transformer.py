@@ -125,7 +125,7 @@ class Block(nn.Module):
       attended, probabilities = self.cross_attention(
         self.cross_norm(x), keys_values, context_mask
       )
-      self.sow("intermediates", "cross_attention", probabilities)
+      self.sow("intermediates", "attention_map", probabilities)
       x = x + attended
     return x + self.mlp(self.mlp_norm(x)), cache
 
