@@ -163,6 +163,24 @@ def test_another_structure_is_refused(tmp_path):
   saver.close()
 
 
+def test_parameters_alone(tmp_path):
+  params = make_state(1).params
+  checkpoint.save_params(tmp_path / "params", params)
+  target = abstract(params)
+  assert_equal(checkpoint.load_params(tmp_path / "params", target), params)
+  with pytest.raises(UserError, match="layers/up/kernel: "):
+    wider = abstract(make_state(1, width=512).params)
+    checkpoint.load_params(tmp_path / "params", wider)
+  with pytest.raises(UserError, match="no parameters in"):
+    checkpoint.load_params(tmp_path / "none", target)
+  (tmp_path / "params" / "manifest.ocdbt").unlink()
+  with pytest.raises(UserError, match="is damaged"):
+    checkpoint.load_params(tmp_path / "params", target)
+  (tmp_path / "file").touch()
+  with pytest.raises(UserError, match="Not a directory"):
+    checkpoint.save_params(tmp_path / "file" / "params", params)
+
+
 def test_missing_checkpoints(tmp_path):
   reader = checkpoint.Checkpointer(tmp_path / "none", writable=False)
   assert not (tmp_path / "none").exists()

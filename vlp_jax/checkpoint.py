@@ -60,15 +60,14 @@ class Checkpointer:
     self._best_metric = best_metric
     kept = [policies.LatestN(keep)]
     if best_metric:
-      best = policies.BestN(get_metric_fn=_score, n=1)
-      kept.append(best)
+      kept.append(policies.BestN(get_metric_fn=self._score, n=1))
     options = ocp.CheckpointManagerOptions(
       create=writable,
       cleanup_tmp_directories=writable,
-      best_fn=_score if best_metric else None,
+      best_fn=self._score if best_metric else None,
       preservation_policy=policies.AnyPreservationPolicy(kept),
     )
-    with self._explained():
+    with _explained(self._directory):
       self._manager = ocp.CheckpointManager(
         self._directory,
         options=options,
@@ -107,9 +106,9 @@ class Checkpointer:
     )
     ranked = None
     if self._best_metric:
-      score = (metrics or {}).get(self._best_metric, -math.inf)
-      ranked = {"score": score if math.isfinite(score) else -math.inf}
-    with self._explained():
+      score = self._score(metrics or {})
+      ranked = {self._best_metric: score if score == score else -math.inf}
+    with _explained(self._directory):
       self._manager.save(step, args=args, metrics=ranked)
 
   def latest_step(self) -> int | None:
@@ -121,8 +120,9 @@ class Checkpointer:
     if not self._best_metric:
       return None
     step = self._manager.best_step()
-    known = step is not None and _score(self._manager.metrics(step))
-    return step if known and math.isfinite(known) else None
+    if step is None or self._score(self._manager.metrics(step)) == -math.inf:
+      return None
+    return step
 
   def restore(
     self, abstract: Any, step: int | None = None
@@ -145,19 +145,25 @@ class Checkpointer:
         leaves), or if a step that was asked for is damaged.
     """
     while True:
-      chosen = self._choose(step)
+      path = self._choose(step)
       try:
-        self._check_structure(chosen, abstract)
-        restored = self._manager.restore(
-          chosen,
-          args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract),
-            meta=ocp.args.JsonRestore(),
-          ),
-        )
+        with _readable(path):
+          _check_structure(path, self._saved(path), _describe(abstract))
+          restored = self._manager.restore(
+            int(path.name),
+            args=ocp.args.Composite(
+              state=ocp.args.StandardRestore(abstract),
+              meta=ocp.args.JsonRestore(),
+            ),
+          )
         return restored.state, restored.meta
-      except Exception as error:
-        self._set_aside(chosen, error, asked=step is not None)
+      except _DamagedError as damage:
+        # Processes that disagree on which step to take would hang: they stop.
+        if step is not None or jax.process_count() > 1:
+          raise
+        logging.getLogger(__name__).warning("%s; using the one before", damage)
+        path.rename(path.with_suffix(".damaged"))
+        self._manager.reload()
 
   def restore_params(
     self, abstract: Any, step: int | None = None
@@ -175,15 +181,16 @@ class Checkpointer:
     Raises:
       UserError: as in `restore`.
     """
-    chosen = self._choose(step)
-    try:
-      wanted = {"params": abstract}
-      if any(name.startswith("ema_params/") for name in self._saved(chosen)):
+    path = self._choose(step)
+    with _readable(path):
+      saved, wanted = self._saved(path), {"params": abstract}
+      if any(name.startswith("ema_params/") for name in saved):
         wanted["ema_params"] = abstract
-      self._check_structure(chosen, wanted, partial=True)
+      known = {k: v for k, v in saved.items() if k.split("/")[0] in wanted}
+      _check_structure(path, known, _describe(wanted))
       with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         restored = reader.restore(
-          self._directory / str(chosen) / "state",
+          path / "state",
           args=ocp.args.PyTreeRestore(
             wanted,
             restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
@@ -191,10 +198,8 @@ class Checkpointer:
           ),
         )
       meta = self._manager.restore(
-        chosen, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+        int(path.name), args=ocp.args.Composite(meta=ocp.args.JsonRestore())
       ).meta
-    except Exception as error:
-      self._set_aside(chosen, error, asked=True)
     return restored["params"], restored.get("ema_params"), meta
 
   def wait(self) -> None:
@@ -203,15 +208,18 @@ class Checkpointer:
     Raises:
       UserError: if it failed for want of space or permission.
     """
-    with self._explained():
+    with _explained(self._directory):
       self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits, and ends the background threads. Raises as `wait` does."""
-    with self._explained():
+    with _explained(self._directory):
       self._manager.close()
 
-  def _choose(self, step: int | None) -> int:
+  def _score(self, metrics: Mapping[str, float]) -> float:
+    return metrics.get(self._best_metric, -math.inf)
+
+  def _choose(self, step: int | None) -> pathlib.Path:
     steps = self._manager.all_steps()
     if not steps:
       raise UserError(f"no checkpoint in {self._directory}")
@@ -220,64 +228,97 @@ class Checkpointer:
         f"no checkpoint of step {step} in {self._directory}; there are "
         f"{', '.join(map(str, steps))}"
       )
-    return steps[-1] if step is None else step
+    return self._directory / str(steps[-1] if step is None else step)
 
-  def _saved(self, step: int) -> dict[str, str]:
-    """Returns the shape and dtype of every array, by name."""
-    saved = self._manager.item_metadata(step)["state"]
-    if saved is None:
-      raise FileNotFoundError("state")
-    return _describe(saved.tree)
+  def _saved(self, path: pathlib.Path) -> dict[str, str]:
+    return _describe_saved(self._manager.item_metadata(int(path.name))["state"])
 
-  def _check_structure(
-    self, step: int, abstract: Any, partial: bool = False
-  ) -> None:
-    saved, wanted = self._saved(step), _describe(abstract)
-    names = sorted(wanted if partial else {**saved, **wanted})
-    none = "(none)"
-    differ = [
-      f"{name}: {saved.get(name, none)} -> {wanted.get(name, none)}"
-      for name in names
-      if saved.get(name) != wanted.get(name)
-    ]
-    if differ:
-      more = len(differ) - _SHOWN
-      raise UserError(
-        f"checkpoint {self._directory / str(step)} is of another model or "
-        f"optimizer: {'; '.join(differ[:_SHOWN])}"
-        + (f"; and {more} more" if more > 0 else "")
-      )
 
-  def _set_aside(self, step: int, error: Exception, asked: bool) -> None:
-    """Renames a damaged checkpoint; raises any other error again."""
-    if not any(map(_is_damage, _causes(error))):
-      raise error
-    path = self._directory / str(step)
-    reason = f"checkpoint {path} is damaged ({_brief(error)})"
-    # Processes that disagree on which step to take would hang; they stop.
-    if asked or jax.process_count() > 1:
-      raise UserError(f"{reason}; remove it to use another") from error
-    logging.getLogger(__name__).warning("%s; using the one before", reason)
-    path.rename(path.with_suffix(".damaged"))
-    self._manager.reload()
+def save_params(path: str | os.PathLike, params: Any) -> None:
+  """Writes parameters alone, for `load_params`; whole or not at all.
 
-  @contextmanager
-  def _explained(self) -> Iterator[None]:
-    """Turns a full disk and missing permissions into a `UserError`."""
-    try:
-      yield
-    except Exception as error:
-      trouble = filter(None, map(_disk_trouble, _causes(error)))
-      for reason in trouble:
-        raise UserError(
-          f"cannot write {self._directory} ({reason}); mend that, or choose "
-          "another --workdir, and start again"
-        ) from error
+  Raises:
+    UserError: for want of space or permission.
+  """
+  path = pathlib.Path(path).absolute()
+  logging.getLogger("absl").addFilter(_not_orbax)
+  writer = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+  with _explained(path), writer:
+    writer.save(path, args=ocp.args.StandardSave(params))
+
+
+def load_params(path: str | os.PathLike, abstract: Any) -> Any:
+  """Reads what `save_params` wrote.
+
+  Args:
+    path: of the folder.
+    abstract: `ShapeDtypeStruct`s with shardings.
+
+  Raises:
+    UserError: if it is missing, damaged or of another structure.
+  """
+  path = pathlib.Path(path).absolute()
+  logging.getLogger("absl").addFilter(_not_orbax)
+  if not path.is_dir():
+    raise UserError(f"no parameters in {path}")
+  reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+  with _readable(path), reader:
+    saved = _describe_saved(reader.metadata(path).item_metadata)
+    _check_structure(path, saved, _describe(abstract))
+    return reader.restore(path, args=ocp.args.StandardRestore(abstract))
+
+
+class _DamagedError(UserError):
+  """Files that are not whole."""
+
+
+@contextmanager
+def _readable(path: pathlib.Path) -> Iterator[None]:
+  """Tells damaged files from other errors, which are ours."""
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:
+    *_, root = causes = list(_causes(error))
+    if not any(map(_is_damage, causes)):
       raise
+    text = f"{type(root).__name__}: {root}".splitlines()[0][:150]
+    raise _DamagedError(
+      f"checkpoint {path} is damaged ({text}); remove it to use another"
+    ) from error
 
 
-def _score(metrics: Mapping[str, float]) -> float:
-  return metrics["score"]
+@contextmanager
+def _explained(path: pathlib.Path) -> Iterator[None]:
+  """Turns a full disk and missing permissions into a `UserError`."""
+  try:
+    yield
+  except Exception as error:
+    for reason in filter(None, map(_disk_trouble, _causes(error))):
+      raise UserError(
+        f"cannot write {path} ({reason}); mend that, or choose another "
+        "folder, and start again"
+      ) from error
+    raise
+
+
+def _check_structure(
+  path: pathlib.Path, saved: dict[str, str], wanted: dict[str, str]
+) -> None:
+  none = "(none)"
+  differ = [
+    f"{name}: {saved.get(name, none)} -> {wanted.get(name, none)}"
+    for name in sorted({**saved, **wanted})
+    if saved.get(name) != wanted.get(name)
+  ]
+  if differ:
+    more = len(differ) - _SHOWN
+    raise UserError(
+      f"checkpoint {path} is of another model or optimizer: "
+      + "; ".join(differ[:_SHOWN])
+      + (f"; and {more} more" if more > 0 else "")
+    )
 
 
 def _describe(tree: Any) -> dict[str, str]:
@@ -290,6 +331,12 @@ def _describe(tree: Any) -> dict[str, str]:
 
   flat = ocp.tree.to_flat_dict(tree, sep="/")
   return {name: describe(leaf) for name, leaf in flat.items()}
+
+
+def _describe_saved(metadata: Any) -> dict[str, str]:
+  if metadata is None:
+    raise FileNotFoundError("the list of its arrays cannot be read")
+  return _describe(metadata.tree)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -308,11 +355,6 @@ def _disk_trouble(error: BaseException) -> str | None:
 def _is_damage(error: BaseException) -> bool:
   kinds = (FileNotFoundError, json.JSONDecodeError)
   return isinstance(error, kinds) or str(error).startswith(_DAMAGE)
-
-
-def _brief(error: Exception) -> str:
-  *_, root = _causes(error)
-  return f"{type(root).__name__}: {str(root).splitlines()[0][:120]}"
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
