@@ -1,0 +1,171 @@
+"""What is done to a picture and its caption on the host.
+
+Each transform is a small frozen dataclass: picklable, and its `repr` goes into
+the data's fingerprint. Pixels leave the host as uint8 at their final size;
+normalising is in the model. There is no horizontal flip: captions say left
+and right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vlp_jax.data.tokenizer import Tokenizer
+from vlp_jax.errors import UserError
+
+# Formats whose decoders run no other program (PostScript's does).
+_FORMATS = (
+  *("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000"),
+  *("MPO", "ICO", "TGA"),
+)
+
+_PNG_EXIF = frozenset(["exif", "Raw profile type exif"])
+
+
+class UnreadableImage(UserError):
+  """Bytes that are no picture, or a damaged one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+  """Encoded bytes to an upright RGB picture, transparency on white.
+
+  Attributes:
+    min_side: if positive, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its
+      size while both sides stay at least this long, which is several times
+      faster for large photographs.
+  """
+
+  min_side: int = 0
+
+  def __call__(self, data: bytes) -> Image.Image:
+    """Returns a picture of mode RGB.
+
+    Raises:
+      UnreadableImage: whatever the decoder's complaint.
+    """
+    try:
+      image = Image.open(io.BytesIO(data), formats=_FORMATS)
+      if self.min_side and image.format in ("JPEG", "MPO"):
+        image.draft("RGB", (self.min_side, self.min_side))
+      image.load()
+      return _to_rgb(_upright(image))
+    except Exception as e:  # decoders raise all sorts on damaged files
+      reason = str(e).replace("\n", " ") or type(e).__name__
+      raise UnreadableImage(f"picture cannot be decoded ({reason})") from e
+
+
+@dataclasses.dataclass(frozen=True)
+class ResizeCenterCrop:
+  """The evaluation geometry: short side to `size`, then the central square.
+
+  Bicubic and antialiased, as torchvision's Resize and CenterCrop. A square
+  picture of the right size stays as it is.
+  """
+
+  size: int
+
+  def __call__(self, image: Image.Image) -> np.ndarray:
+    """Returns uint8 `[size, size, 3]`."""
+    width, height = image.size
+    short = min(width, height)
+    if short != self.size:
+      width = max(self.size, int(self.size * width / short))
+      height = max(self.size, int(self.size * height / short))
+      image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left = round((width - self.size) / 2)
+    top = round((height - self.size) / 2)
+    if width != height:
+      image = image.crop((left, top, left + self.size, top + self.size))
+    return np.asarray(image)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomResizedCrop:
+  """A random part of the picture, resized to a square (Szegedy et al., 2015).
+
+  Attributes:
+    size: of the result, in pixels.
+    scale: range of the part's share of the area.
+    ratio: range of the part's width over its height, drawn log-uniformly.
+  """
+
+  size: int
+  scale: tuple[float, float] = (0.9, 1.0)
+  ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+  def box(
+    self, width: int, height: int, rng: np.random.Generator
+  ) -> tuple[int, int, int, int]:
+    """Draws (left, top, right, bottom) in a picture of this size."""
+    for _ in range(10):
+      area = width * height * rng.uniform(*self.scale)
+      aspect = math.exp(rng.uniform(*map(math.log, self.ratio)))
+      w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+      if 0 < w <= width and 0 < h <= height:
+        left = int(rng.integers(width - w + 1))
+        top = int(rng.integers(height - h + 1))
+        return left, top, left + w, top + h
+    # The whole picture, or as much of its middle as the ratio allows.
+    w = max(1, min(width, round(height * self.ratio[1])))
+    h = max(1, min(height, round(width / self.ratio[0])))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+  def __call__(
+    self, image: Image.Image, rng: np.random.Generator
+  ) -> np.ndarray:
+    """Returns uint8 `[size, size, 3]`."""
+    image = image.crop(self.box(*image.size, rng))
+    if image.size != (self.size, self.size):
+      image = image.resize((self.size,) * 2, Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+@dataclasses.dataclass(frozen=True)
+class PickCaption:
+  """One of a picture's captions, drawn anew at every visit."""
+
+  def __call__(self, captions: Sequence[str], rng: np.random.Generator) -> str:
+    return captions[int(rng.integers(len(captions)))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenize:
+  """A caption to ids.
+
+  Attributes:
+    max_len: number of ids, SOT, EOT and pads included.
+    tokenizer: left out of the repr, since its hash says more.
+  """
+
+  max_len: int
+  tokenizer: Tokenizer = dataclasses.field(repr=False)
+
+  def __call__(self, text: str) -> tuple[np.ndarray, int]:
+    """Returns (ids int32 `[max_len]`, number of ids before the pads)."""
+    return self.tokenizer.encode(text, self.max_len)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+  """Turns a picture as its EXIF orientation says."""
+  if image.format == "PNG" and _PNG_EXIF.isdisjoint(image.info):
+    return image  # looking again costs a fifth of a small PNG's decoding
+  return ImageOps.exif_transpose(image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+  if image.mode.startswith("I"):  # 16 bits a pixel
+    values = np.asarray(image).astype(np.int64) >> 8
+    image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+  if image.has_transparency_data:
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    image = Image.alpha_composite(white, image)
+  return image if image.mode == "RGB" else image.convert("RGB")
