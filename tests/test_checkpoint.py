@@ -4,6 +4,7 @@ Some tests need a process of their own (to be killed, or with eight devices):
 they run this file as a script, with the name of a function in `CHILDREN`.
 """
 
+import gc
 import os
 import pathlib
 import shutil
@@ -219,6 +220,7 @@ def test_damage_falls_back_to_the_one_before(tmp_path, kind, cut):
   saver.wait()
   assert_equal(saver.restore(target)[0], make_state(2))
   saver.close()
+  gc.collect()  # so that those other reads end here
 
 
 def test_a_file_in_the_way(tmp_path):
