@@ -1,0 +1,279 @@
+"""Makes the examples of the data set `scenes`; needs numpy alone.
+
+An example is a pure function of (spec, split, index), the same to the byte
+everywhere: see `dice.py` and `scenes_render.py`. Run as a module, this file
+writes examples to its standard output; `examples` reads those of several such
+processes, which neither fork the caller nor import its main module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
+
+from vlp_jax.data import scenes_language as language
+from vlp_jax.data import scenes_probes as probes
+from vlp_jax.data import scenes_render as render
+from vlp_jax.data.dice import Dice
+
+SPLITS = ("train", "validation", "test", "comp")
+_SEED = 20_260_401
+_MARGIN = 0.03  # how far centres keep from the limits of the places
+_FEW = 400  # examples that are not worth the start of a process
+
+_PAIRS = [(c, s) for c in language.COLORS for s in language.SHAPES]
+_SEEN_PAIRS = [pair for pair in _PAIRS if pair not in language.HELD_OUT]
+_HELD_OUT_PAIRS = sorted(language.HELD_OUT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """What a configuration of the data set is.
+
+  Attributes:
+    description: one line.
+    image_size: pixels to a side.
+    counts: numbers of objects in a scene; drawn from evenly.
+    radii: those of small and of large objects, in 1/1024 of the picture.
+    num_train, num_eval: examples in `train` and in each of the other splits.
+  """
+
+  description: str
+  image_size: int = 64
+  counts: tuple[int, ...] = (1, 2, 2, 3, 3)
+  radii: tuple[range, range] = (range(96, 121, 8), range(168, 209, 8))
+  num_train: int = 20_000
+  num_eval: int = 1_000
+
+  def num_examples(self, split: str) -> int:
+    """Returns the number of examples of a split."""
+    return self.num_train if split == "train" else self.num_eval
+
+
+SPECS: Mapping[str, Spec] = {
+  "px64": Spec("64 pixels, 1 to 3 objects"),
+  "px96": Spec("96 pixels, 1 to 3 objects", image_size=96),
+  "px128": Spec("128 pixels, 1 to 3 objects", image_size=128),
+  "objects5": Spec(
+    "96 pixels, 1 to 5 smaller objects",
+    image_size=96,
+    counts=(1, 2, 3, 3, 4, 4, 5, 5),
+    radii=(range(72, 91, 6), range(126, 157, 6)),
+  ),
+  "debug": Spec("the first examples of px64", num_train=200, num_eval=64),
+}
+
+
+def example(spec: Spec, split: str, index: int) -> dict[str, Any]:
+  """Makes one example.
+
+  Returns:
+    `image` (PNG bytes), `image_id` (int, unique across splits), `captions`,
+    `objects`, `phrases`, `binding` and `relation`, all as a record has them.
+  """
+  attempt = _attempts(spec, split)[index] if split != "train" else 0
+  dice = _dice(spec, split, index, attempt)
+  sprites, objects = _scene(spec, split, dice)
+  texts = language.captions(objects, dice)
+  picture = render.draw(sprites, spec.image_size, dice)
+  return {
+    "image": render.encode_png(picture),
+    "image_id": SPLITS.index(split) * 10_000_000 + index,
+    "captions": texts,
+    "objects": objects,
+    "phrases": probes.phrases(objects),
+    "binding": probes.binding(objects, dice),
+    "relation": probes.relation(objects, dice),
+  }
+
+
+def _dice(spec: Spec, split: str, index: int, attempt: int) -> Dice:
+  kind = (spec.image_size, max(spec.counts), SPLITS.index(split))
+  return Dice(_SEED, *kind, index, attempt)
+
+
+def _scene(spec: Spec, split: str, dice: Dice):
+  """Draws what is in a scene and where, as sprites and as annotations."""
+  sprites = _layout(spec, split == "comp", dice)
+  return sprites, [_annotation(sprite, spec.image_size) for sprite in sprites]
+
+
+def _annotation(sprite: render.Sprite, image_size: int) -> dict[str, Any]:
+  return {
+    "shape": sprite.shape,
+    "color": sprite.color,
+    "size": sprite.size,
+    "bbox": [round(edge / image_size, 6) for edge in sprite.box],
+  }
+
+
+@functools.cache
+def _attempts(spec: Spec, split: str) -> tuple[int, ...]:
+  """Counts the draws that were refused before each scene of a split.
+
+  A scene is drawn again while an earlier scene of the split would have the same
+  full caption, in whatever order: so each is the full caption of one picture.
+  """
+  seen, attempts = set(), []
+  for index in range(spec.num_examples(split)):
+    attempt = 0
+    while True:
+      _, objects = _scene(spec, split, _dice(spec, split, index, attempt))
+      content = tuple(sorted(map(str, map(language.describe_fully, objects))))
+      if content not in seen:
+        break
+      attempt += 1
+    seen.add(content)
+    attempts.append(attempt)
+  return tuple(attempts)
+
+
+def _layout(spec: Spec, compositional: bool, dice: Dice) -> list[render.Sprite]:
+  """Draws the objects of a scene and finds room for them."""
+  while True:
+    pairs = [
+      dice.pick(_PAIRS if compositional else _SEEN_PAIRS)
+      for _ in range(dice.pick(spec.counts))
+    ]
+    if compositional:
+      pairs[0] = dice.pick(_HELD_OUT_PAIRS)
+    sprites = []
+    for color, shape in dice.shuffled(pairs):
+      size = dice.below(2)
+      radius = dice.pick(spec.radii[size]) * spec.image_size * 256 // 1024
+      stencil = render.stencil(shape, radius, 5 * dice.below(72))
+      corner = _place(stencil, sprites, spec.image_size, dice)
+      if corner is None:
+        break
+      sprites.append(
+        render.Sprite(shape, color, language.SIZES[size], stencil, *corner)
+      )
+    else:
+      return sprites
+
+
+def _place(stencil, others, image_size: int, dice: Dice):
+  """Finds a corner (x, y) where a stencil is clear of all; None if it fails."""
+  height, width = stencil.coverage.shape
+  x0, y0, x1, y1 = stencil.box
+  columns = _starts(image_size, width, x0 + x1)
+  rows = _starts(image_size, height, y0 + y1)
+  for _ in range(40):
+    x, y = dice.pick(columns), dice.pick(rows)
+    if not any(_touch(x, y, width, height, other) for other in others):
+      return x, y
+  return None
+
+
+@functools.cache
+def _starts(image_size: int, extent: int, box_ends: int) -> tuple[int, ...]:
+  """Lists where a stencil may begin, so that its place is beyond dispute.
+
+  Args:
+    image_size: pixels.
+    extent: of the stencil, pixels.
+    box_ends: first plus last pixel of its box, twice the box's centre.
+  """
+  return tuple(
+    start
+    for start in range(1, image_size - extent)
+    if all(
+      abs((2 * start + box_ends) / (2 * image_size) - limit) > _MARGIN
+      for limit in language.LIMITS
+    )
+  )
+
+
+def _touch(x: int, y: int, width: int, height: int, other) -> bool:
+  """Says whether less than a pixel is between a place and a sprite."""
+  other_height, other_width = other.stencil.coverage.shape
+  return (
+    other.x - width <= x <= other.x + other_width
+    and other.y - height <= y <= other.y + other_height
+  )
+
+
+# ------------------------------------------------------------ many at once
+
+
+def examples(name: str, split: str) -> Iterator[dict[str, Any]]:
+  """Makes the examples of a split in order, several at a time.
+
+  Raises:
+    RuntimeError: if a process that makes them fails.
+  """
+  spec = SPECS[name]
+  total = spec.num_examples(split)
+  if total <= _FEW:
+    yield from (example(spec, split, i) for i in range(total))
+    return
+  num_workers = min(os.cpu_count() or 1, 4)
+  # The workers find this package where we did.
+  root = str(pathlib.Path(__file__).parents[2])
+  path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+  with contextlib.ExitStack() as stack:
+    outputs = []
+    for worker in range(num_workers):
+      process = stack.enter_context(
+        subprocess.Popen(
+          [
+            sys.executable,
+            "-m",
+            "vlp_jax.data.scenes_generate",
+            name,
+            split,
+            str(worker),
+            str(num_workers),
+          ],
+          stdout=subprocess.PIPE,
+          stdin=subprocess.DEVNULL,
+          env={**os.environ, "PYTHONPATH": path},
+          pipesize=1 << 20,
+          start_new_session=True,  # Ctrl-C is for us; we end them
+        )
+      )
+      stack.callback(process.kill)
+      outputs.append(process.stdout)
+    for i in range(total):
+      made = _receive(outputs[i % num_workers])
+      if made is None:
+        raise RuntimeError(f"a process that draws scenes/{name} has stopped")
+      yield made
+
+
+def _receive(stream: BinaryIO) -> dict[str, Any] | None:
+  """Reads what `_send` wrote; None if the stream ends before."""
+  line = stream.readline()
+  if not line.endswith(b"\n"):
+    return None
+  made = json.loads(line)
+  image = stream.read(made["image"])
+  return {**made, "image": image} if len(image) == made["image"] else None
+
+
+def _send(made: dict[str, Any], stream: BinaryIO) -> None:
+  """Writes a line of JSON, with the image's length in its place, and it."""
+  texts = json.dumps({**made, "image": len(made["image"])})
+  stream.write(texts.encode() + b"\n" + made["image"])
+
+
+def main(name: str, split: str, worker: str, num_workers: str) -> None:
+  """Writes every `num_workers`-th example of a split to standard output."""
+  if hasattr(signal, "SIGPIPE"):
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader is gone: end
+  spec = SPECS[name]
+  for index in range(int(worker), spec.num_examples(split), int(num_workers)):
+    _send(example(spec, split, index), sys.stdout.buffer)
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])
