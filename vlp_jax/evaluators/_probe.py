@@ -11,7 +11,7 @@ import functools
 
 import numpy as np
 
-from vlp_jax.evaluators import _truth, base
+from vlp_jax.evaluators import _batching, _truth, base
 
 
 class Probe(base.Evaluator):
@@ -61,11 +61,9 @@ class Probe(base.Evaluator):
 
   @functools.cached_property
   def _bag_of_attributes(self) -> float:
-    objects = [record["objects"] for record in self.records]
-    bags = _truth.Bags(objects)
-    image = bags.of_objects([objects[i] for i, _, _ in self._pairs])
+    objects = [self.records[i]["objects"] for i, _, _ in self._pairs]
     texts = [text for _, true, false in self._pairs for text in (true, false)]
-    return wins(_cosines(image, bags.of_texts(texts)))
+    return wins(_cosines(*_truth.bag_vectors(objects, texts)))
 
 
 def _cosines(image: np.ndarray, text: np.ndarray) -> np.ndarray:
@@ -76,5 +74,7 @@ def _cosines(image: np.ndarray, text: np.ndarray) -> np.ndarray:
 def wins(scores: np.ndarray) -> float:
   """Share of pairs whose true text wins; `[2 P]`, true and false in turn."""
   true, false = scores[::2], scores[1::2]
-  tie = ~(np.abs(true - false) > base.TIE)  # also where one is not a number
+  tie = ~(
+    np.abs(true - false) > _batching.TIE
+  )  # also where one is not a number
   return float(np.mean(np.where(tie, 0.5, true > false)))

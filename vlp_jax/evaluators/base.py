@@ -16,23 +16,26 @@ import importlib
 import pathlib
 import pkgutil
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import jax
 import ml_collections
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
-from vlp_jax.data import pipeline, sources
+from vlp_jax.data import pipeline, sources, transforms
+from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.errors import UserError
+from vlp_jax.evaluators._batching import (
+  Subset,
+  compiled,
+  pad_rows,
+  padded_size,
+  run_batches,
+)
 from vlp_jax.methods.base import Method, Params
-
-# Cosines closer than this are a tie. One caption encoded in two rows of two
-# batches differs in the last bits, and those must not decide a rank.
-TIE = 1e-6
 
 # The fields of every `evals.<name>`, and what holds where a config is silent.
 COMMON_FIELDS = {
@@ -48,23 +51,6 @@ COMMON_FIELDS = {
 
 class NotApplicableError(UserError):
   """The data cannot serve an evaluator; `build_all` leaves it out."""
-
-
-class Subset:
-  """A view of some records of a source, in the order given."""
-
-  def __init__(self, source, indices: Sequence[int]):
-    self._source = source
-    self._indices = indices
-
-  def __len__(self) -> int:
-    return len(self._indices)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    return self._source[self._indices[index]]
-
-  def __getattr__(self, name: str) -> Any:
-    return getattr(self._source, name)
 
 
 class _Memo:
@@ -104,7 +90,7 @@ class Env:
 
   config: ml_collections.ConfigDict
   mesh: Mesh
-  tokenizer: Any
+  tokenizer: Tokenizer
   workdir: pathlib.Path | None = None
   _sources: dict = dataclasses.field(
     default_factory=dict, init=False, repr=False, compare=False
@@ -136,67 +122,6 @@ class Env:
   def memo(self, params: Params, key, compute: Callable[[], Any]) -> Any:
     """Returns `compute()`, once for these parameters and this key."""
     return self._memo.get(params, key, compute)
-
-
-def padded_size(batch_size: int, mesh: Mesh) -> int:
-  """Rounds a batch size up to the devices that share a batch."""
-  devices = mesh.shape["data"] * mesh.shape["fsdp"]
-  return -(-batch_size // devices) * devices
-
-
-def put(
-  batch: dict[str, np.ndarray], mesh: Mesh, spec: P = P(("data", "fsdp"))
-) -> dict[str, jax.Array]:
-  """Lays arrays that every host holds whole over the mesh, by rows."""
-  sharding = NamedSharding(mesh, spec)
-  return {
-    name: jax.make_array_from_callback(
-      value.shape, sharding, lambda index, value=value: value[index]
-    )
-    for name, value in batch.items()
-  }
-
-
-@functools.lru_cache(maxsize=128)
-def compiled(method: Method, capability: str, mesh: Mesh, **static):
-  """Jits `method.<capability>(params, batch, **static)`, results on all hosts.
-
-  One function for each method, capability and mesh, so that evaluators share
-  what is compiled.
-  """
-  function = functools.partial(getattr(method, capability), **static)
-  return jax.jit(function, out_shardings=NamedSharding(mesh, P()))
-
-
-def run_batches(
-  function: Callable,
-  params: Params,
-  batches: Iterable[dict[str, np.ndarray]],
-  mesh: Mesh,
-) -> np.ndarray:
-  """Applies `function(params, batch)` to every batch and drops the padding.
-
-  Args:
-    function: returns an array `[B, ...]`.
-    params: the method's parameters.
-    batches: dicts with `mask` bool `[B]` and what the function reads, `[B, ...]`.
-    mesh: where the batches go.
-
-  Returns:
-    One row for each unmasked example, `[N, ...]`, in order.
-  """
-  done, pending = [], None
-  for batch in batches:
-    inputs = {k: v for k, v in batch.items() if k not in ("mask", "image_id")}
-    started = function(params, put(inputs, mesh)), batch["mask"]
-    # Fetch one batch late: the device works while the host decodes.
-    if pending is not None:
-      done.append(np.asarray(pending[0])[pending[1]])
-    pending = started
-  if pending is None:
-    raise ValueError("no batches to evaluate")
-  done.append(np.asarray(pending[0])[pending[1]])
-  return np.concatenate(done)
 
 
 class Evaluator:
@@ -257,9 +182,8 @@ class Evaluator:
   def on_texts(self, params: Params, texts: Sequence[str]) -> np.ndarray:
     """Encodes texts, `[N, E]` float32."""
     function = compiled(self.method, "encode_text", self.env.mesh)
-    return run_batches(
-      function, params, self._text_batches(texts), self.env.mesh
-    )
+    batches = self._text_batches(texts)
+    return run_batches(function, params, batches, self.env.mesh)
 
   def on_pairs(
     self,
@@ -273,15 +197,19 @@ class Evaluator:
     A picture is decoded once where its pairs follow one another.
     """
     size = self.env.config.data.image_size
-    decode = functools.lru_cache(maxsize=1)(
-      lambda index: pipeline.decode_image(self.source[index]["image"], size)
-    )
+
+    @functools.lru_cache(maxsize=1)
+    def read(index):
+      try:
+        return pipeline.decode_image(self.source[index]["image"], size)
+      except transforms.UnreadableImage:  # as in pipeline.eval_images
+        return np.zeros((size, size, 3), np.uint8)
 
     def batches():
       texts = self._text_batches([text for _, text in pairs])
       for start, batch in enumerate(texts):
         rows = pairs[start * self.batch_size :][: self.batch_size]
-        image = np.stack([decode(index) for index, _ in rows])
+        image = np.stack([read(index) for index, _ in rows])
         yield batch | {"image": pad_rows(image, self.batch_size)}
 
     function = compiled(self.method, capability, self.env.mesh, **static)
@@ -311,25 +239,13 @@ class Evaluator:
       }
 
 
-def pad_rows(rows: np.ndarray, size: int) -> np.ndarray:
-  """Repeats the first row until there are `size`: always a valid example."""
-  filler = np.broadcast_to(rows[:1], (size - len(rows), *rows.shape[1:]))
-  return np.concatenate([rows, filler])
-
-
-def spread(count: int, most: int) -> list[int]:
-  """Picks up to `most` of `count` places, evenly, so that nobody picked."""
-  return [i * count // most for i in range(most)] if count > most else list(
-    range(count)
-  )
-
-
 def available() -> list[str]:
   """Lists the evaluator types."""
   import vlp_jax.evaluators as package
 
+  no_types = ("base", "pictures")
   names = [module.name for module in pkgutil.iter_modules(package.__path__)]
-  return sorted(n for n in names if n != "base" and not n.startswith("_"))
+  return sorted(n for n in names if n not in no_types and n[0] != "_")
 
 
 def build(name: str, eval_config, method: Method, env: Env) -> Evaluator:
@@ -343,7 +259,7 @@ def build(name: str, eval_config, method: Method, env: Env) -> Evaluator:
 
   Raises:
     UserError: for an unknown type or field, a capability that the method
-      lacks, or (`NotApplicableError`) data that lacks the split or its annotations.
+      lacks, or (`NotApplicableError`) data without the split or annotations.
   """
   kind = eval_config.get("type", "")
   if kind not in available():
@@ -392,9 +308,7 @@ def _check_data(name: str, config, evaluator: type[Evaluator], env: Env):
   try:
     source = env.source(config.split)
   except UserError as error:
-    raise NotApplicableError(
-      f"evals.{name} is left out: {error}"
-    ) from error
+    raise NotApplicableError(f"evals.{name} is left out: {error}") from error
   if evaluator.annotated and not source.annotated:
     raise NotApplicableError(
       f"evals.{name} is left out: it needs pictures with annotated objects, "

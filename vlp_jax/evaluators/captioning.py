@@ -17,8 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import logging
 
-from vlp_jax.data import tokenizer
-from vlp_jax.evaluators import _truth, base
+from vlp_jax.evaluators import _batching, _truth, base
 
 # How many captions a run keeps to show.
 _NUM_SAMPLES = 8
@@ -77,7 +76,7 @@ class Evaluator(base.Evaluator):
         "references": references[i],
         "true": verdicts[i],
       }
-      for i in base.spread(len(captions), _NUM_SAMPLES)
+      for i in _batching.spread(len(captions), _NUM_SAMPLES)
     ]
     return metrics | likeness(captions, references)
 
@@ -87,8 +86,8 @@ class Evaluator(base.Evaluator):
       params,
       "generate",
       max_len=self.config.max_len or self.env.config.tokenizer.max_len,
-      bos_id=tokenizer.BOS,
-      eos_id=tokenizer.EOS,
+      bos_id=self.env.tokenizer.bos_id,
+      eos_id=self.env.tokenizer.eos_id,
     )
     return [self.env.tokenizer.decode(row) for row in ids]
 

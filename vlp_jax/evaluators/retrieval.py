@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vlp_jax.errors import UserError
-from vlp_jax.evaluators import _truth, base
+from vlp_jax.evaluators import _batching, _truth, base
 
 RECALLS = (1, 5, 10)
 # Scores held at once: 64 MiB of float32, whatever the size of the split.
@@ -66,16 +66,14 @@ class Evaluator(base.Evaluator):
 
   def _true(self, text: int, picture: int) -> bool:
     """Tells whether a caption is true of a picture, both by place."""
-    return _truth.holds(
-      self._meanings[text], self.records[picture]["objects"]
-    )
+    return _truth.holds(self._meanings[text], self.records[picture]["objects"])
 
   @functools.cached_property
   def _constants(self) -> dict[str, float]:
     """What does not depend on the method: chance levels and baselines."""
     texts, owner = self._queries
     pictures = np.arange(len(self.records))
-    own = np.bincount(owner)
+    own = np.bincount(owner, minlength=len(pictures))
     chance = {
       f"i2t_r{k}": float(recall(0 * own, len(texts) - own, own, k).mean())
       for k in RECALLS
@@ -88,12 +86,11 @@ class Evaluator(base.Evaluator):
     rate += (1 - rate) / len(pictures)
     constants |= {"caption_true_chance": rate, "image_true_chance": rate}
     objects = [record["objects"] for record in self.records]
-    bags = _truth.Bags(objects)
-    scores, _ = self._score(bags.of_objects(objects), bags.of_texts(texts))
+    scores, _ = self._score(*_truth.bag_vectors(objects, texts))
     return constants | {f"{name}_bag": v for name, v in scores.items()}
 
   def run(self, params):
-    texts, owner = self._queries
+    texts, _ = self._queries
     metrics, (first_text, first_image) = self._score(
       self.encode_images(params), self.encode_texts(params, texts)
     )
@@ -152,14 +149,14 @@ def rank_all(
     it, right keys tied with it (itself included), and the first key of all.
   """
   chunk = min(len(queries), max(1, max_scores // len(keys)))
-  chunk = base.padded_size(chunk, mesh)
-  all_keys = base.put(
+  chunk = _batching.padded_size(chunk, mesh)
+  all_keys = _batching.put(
     {
       "keys": np.asarray(keys, np.float32),
       "owner": np.asarray(key_owner, np.int32),
     },
     mesh,
-    P(),
+    whole=True,
   )
 
   def batches():
@@ -167,12 +164,14 @@ def rank_all(
       rows = np.asarray(queries[start : start + chunk], np.float32)
       owner = np.asarray(query_owner[start : start + chunk], np.int32)
       yield {
-        "queries": base.pad_rows(rows, chunk),
-        "owner": base.pad_rows(owner, chunk),
+        "queries": _batching.pad_rows(rows, chunk),
+        "owner": _batching.pad_rows(owner, chunk),
         "mask": np.arange(chunk) < len(rows),
       }
 
-  counts = base.run_batches(_compiled_ranks(mesh), all_keys, batches(), mesh)
+  counts = _batching.run_batches(
+    _compiled_ranks(mesh), all_keys, batches(), mesh
+  )
   return tuple(counts.T)
 
 
@@ -188,18 +187,18 @@ def _ranks(all_keys, batch) -> jax.Array:
     all_keys["keys"].T,
     precision=jax.lax.Precision.HIGHEST,  # no bf16 or TF32 products
   )
-  scores = jnp.where(jnp.isnan(scores), -2.0, scores)
+  scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
   right = batch["owner"][:, None] == all_keys["owner"][None]
   best = jnp.where(right, scores, -jnp.inf).max(axis=1, keepdims=True)
-  above = scores > best + base.TIE
-  tied = (scores >= best - base.TIE) & ~above
+  above = scores > best + _batching.TIE
+  tied = (scores >= best - _batching.TIE) & ~above
   top = scores.max(axis=1, keepdims=True)
   return jnp.stack(
     [
       (above & ~right).sum(axis=1, dtype=jnp.int32),
       (tied & ~right).sum(axis=1, dtype=jnp.int32),
       (tied & right).sum(axis=1, dtype=jnp.int32),
-      (scores >= top - base.TIE).argmax(axis=1).astype(jnp.int32),
+      (scores >= top - _batching.TIE).argmax(axis=1).astype(jnp.int32),
     ],
     axis=1,
   )

@@ -1,0 +1,138 @@
+"""Made-up data, and a method whose answers are set by hand."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from PIL import Image
+
+from vlp_jax import sharding
+from vlp_jax.data import sources
+from vlp_jax.evaluators import base
+
+IMAGE_SIZE = 16
+MAX_LEN = 8
+
+
+def picture(number: int) -> bytes:
+  """A PNG whose colour tells its number."""
+  color = (number % 256, number // 256, 0)
+  file = io.BytesIO()
+  Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), color).save(file, "PNG")
+  return file.getvalue()
+
+
+def records(captions, **annotations) -> list[dict]:
+  """One record for each list of captions; annotations are lists, too."""
+  return [
+    {"image": picture(i), "image_id": i, "captions": list(texts)}
+    | {name: values[i] for name, values in annotations.items()}
+    for i, texts in enumerate(captions)
+  ]
+
+
+class Source(sources.Source):
+  """Records in memory."""
+
+  name = fingerprint = "fake"
+
+  def __init__(self, records):
+    self._records = list(records)
+    self.annotated = bool(records) and "objects" in records[0]
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, index: int) -> dict:
+    return dict(self._records[index])
+
+
+class Tokenizer:
+  """Numbers texts in the order in which they come; a text is one token."""
+
+  vocab_size, bos_id, eos_id = 1000, 2, 3
+
+  def __init__(self, texts=()):
+    self.texts = ["", *texts]
+
+  def encode_batch(self, texts, max_len):
+    ids = np.zeros((len(texts), max_len), np.int32)
+    ids[:, 0], ids[:, 2] = 2, 3
+    for row, text in enumerate(texts):
+      if text not in self.texts:
+        self.texts.append(text)
+      ids[row, 1] = self.texts.index(text)
+    return ids, np.full(len(texts), 3, np.int32)
+
+  def decode(self, ids) -> str:
+    return self.texts[int(ids[1])]
+
+
+def number(image) -> jax.Array:
+  """Reads the number of each picture off its colour."""
+  pixel = image[:, 0, 0].astype(jnp.int32)
+  return pixel[:, 0] + 256 * pixel[:, 1]
+
+
+class Dual:
+  """A method that looks its embeddings up: `params['image'|'text']`."""
+
+  def __init__(self):
+    self.calls = 0
+
+  def encode_image(self, params, batch):
+    self.calls += 1
+    return params["image"][number(batch["image"])]
+
+  def encode_text(self, params, batch):
+    return params["text"][batch["text"][:, 1]]
+
+
+class Captioner(Dual):
+  """Looks up captions and scores, too, and points with hand-set maps."""
+
+  readouts = ("contribution", "cosine")
+
+  def caption_score(self, params, batch):
+    return params["score"][number(batch["image"]), batch["text"][:, 1]]
+
+  def generate(self, params, batch, max_len, bos_id, eos_id):
+    rows = number(batch["image"])
+    ids = jnp.zeros((len(rows), max_len), jnp.int32).at[:, 0].set(bos_id)
+    return ids.at[:, 1].set(params["caption"][rows]).at[:, 2].set(eos_id)
+
+  def patch_text_map(self, params, batch, readout, token_mask=None):
+    del token_mask
+    return params[readout][number(batch["image"]), batch["text"][:, 1]]
+
+
+def environment(source, tokenizer=None, devices=1) -> base.Env:
+  """An environment whose every split is `source`."""
+  config = ml_collections.ConfigDict(
+    {
+      "data": {"image_size": IMAGE_SIZE, "num_workers": 0, "name": "fake"},
+      "tokenizer": {"max_len": MAX_LEN},
+      "method": {"name": "fake"},
+      "evals": {},
+    }
+  )
+  mesh = sharding.make_mesh((devices, 1, 1), jax.devices()[:devices])
+  env = base.Env(config, mesh, tokenizer or Tokenizer())
+  for split in ("train", "validation", "test", "comp"):
+    env._sources[split] = Source(source)
+  return env
+
+
+def build(kind, method, env, **fields) -> base.Evaluator:
+  """Builds an evaluator of a type."""
+  config = ml_collections.ConfigDict({"type": kind, "batch_size": 4} | fields)
+  return base.build(kind, config, method, env)
+
+
+def unit(array) -> np.ndarray:
+  """Normalises the last axis."""
+  return (array / np.linalg.norm(array, axis=-1, keepdims=True)).astype(
+    np.float32
+  )
