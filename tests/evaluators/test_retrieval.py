@@ -1,14 +1,11 @@
 """Retrieval against a brute force that breaks ties by counting orders."""
 
 import itertools
-import os
-import subprocess
-import sys
 
-import eval_fakes as fakes
 import numpy as np
 import pytest
 
+from tests.evaluators import fakes
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators.retrieval import rank_all, recall
 
@@ -242,27 +239,14 @@ def test_embeddings_are_computed_once_for_each_params():
   assert method.calls == 1  # traced once, whatever the parameters
 
 
-def test_many_devices_give_the_same(tmp_path):
-  """In a process of its own: the number of devices is fixed at start."""
-  code = (
-    "import numpy as np, jax, eval_fakes as f\n"
-    "from vlp_jax.evaluators.retrieval import rank_all\n"
-    "r = np.random.default_rng(0)\n"
-    "a, b = r.integers(-1, 2, (2, 23, 3)).astype(np.float32)\n"
-    "i = np.arange(23)\n"
-    "out = []\n"
-    "for n in (1, 4):\n"
-    "  texts = [[f'text {k}'] for k in range(1, 24)]\n"
-    "  env = f.environment(f.records(texts), devices=n)\n"
-    "  e = f.build('retrieval', f.Dual(), env, batch_size=6)\n"
-    "  t = np.vstack([a[:1], b])\n"
-    "  out.append(e.run({'image': a, 'text': t}))\n"
-    "assert jax.device_count() == 4 and out[0] == out[1], out\n"
-  )
-  path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-  env = os.environ | {
-    "PYTHONPATH": path,
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-  }
-  subprocess.run([sys.executable, "-c", code], env=env, check=True)
+def test_many_devices_give_the_same():
+  rng, texts = RNG(0), [f"text {k}" for k in range(1, 24)]
+  image, text = rng.integers(-1, 2, (2, 23, 3)).astype(np.float32)
+  results = []
+  for devices in (1, 4):
+    env = fakes.environment(
+      fakes.records([[t] for t in texts]), fakes.Tokenizer(texts), devices
+    )
+    evaluator = fakes.build("retrieval", fakes.Dual(), env, batch_size=6)
+    results.append(evaluator.run(params_of(image, text)))
+  assert results[0] == results[1]

@@ -1,9 +1,9 @@
 """Zero-shot classification and the pointing game."""
 
-import eval_fakes as fakes
 import numpy as np
 import pytest
 
+from tests.evaluators import fakes
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import base, pointing
 

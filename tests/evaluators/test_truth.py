@@ -1,9 +1,9 @@
 """Captioning and the probes, on scenes whose truth is plain."""
 
-import eval_fakes as fakes
 import numpy as np
 import pytest
 
+from tests.evaluators import fakes
 from vlp_jax.evaluators import _truth, captioning
 
 LEFT, RIGHT = [0.0, 0.4, 0.2, 0.6], [0.8, 0.4, 1.0, 0.6]
