@@ -389,8 +389,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-  "workers, end",
-  [("0", "leave"), ("0", "close"), ("2", "leave"), ("2", "fail")],
+  "workers, end", [("0", "leave"), ("0", "close"), ("2", "fail")]
 )
 def test_programs_end_without_a_word(jsonl_config, tmp_path, workers, end):
   program = tmp_path / "program.py"

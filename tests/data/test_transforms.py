@@ -198,9 +198,9 @@ def test_transforms_are_picklable_and_readable():
   tokenizer = tokenizer_lib.Tokenizer(model)
   tokenize = transforms.Tokenize(7, tokenizer)
   copy = pickle.loads(pickle.dumps(tokenize))
-  ids, length = copy("a red cat")
-  np.testing.assert_array_equal(ids, tokenizer.encode("a red cat", 7)[0])
-  assert ids.shape == (7,) and length <= 7
+  ids, lengths = copy(["a red cat", "a dog"])
+  np.testing.assert_array_equal(ids[0], tokenizer.encode("a red cat", 7)[0])
+  assert ids.shape == (2, 7) and lengths.shape == (2,)
   assert repr(tokenize) == "Tokenize(max_len=7)"
   for transform in (
     transforms.Decode(4),

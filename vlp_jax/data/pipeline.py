@@ -5,12 +5,12 @@ is no iterator state to save, a run goes on at `start_step`, and the global
 batch is the same for any number of workers, threads and hosts. To that end
 the data set stays random-access up to the batch:
 
-  indices -> shuffle -> repeat -> visit -> host blocks -> batch -> [start:]
+  indices -> shuffle -> repeat -> a host's batches -> [start_step:]
 
 Every epoch has its own order, in which each record comes exactly once;
 batches run on across epochs, so a batch may be larger than the data set.
-`visit` reads a record, crops it and draws one of its captions, with random
-numbers of its own that depend on the place in the global order.
+At its place in this endless order a picture is cropped and one of its captions
+drawn, with random numbers that depend on the seed and the place.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import dataclasses
 import functools
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
+from PIL import Image
 
 from vlp_jax.data import transforms
 from vlp_jax.data.sources import Record, Source
@@ -107,18 +108,16 @@ def train_batches(
       "hosts; choose one that is"
     )
   local = config.batch_size // num_hosts
-  seeds = [config.seed % 2**32, config.data.seed % 2**32]
-  seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
-  dataset = (
-    grain.MapDataset.range(len(source))
-    .seed(seed)
-    .shuffle()
-    .repeat(None)
-    .random_map(_visit(source, tokenizer, config))
+  seeds = np.random.SeedSequence(
+    [config.seed % 2**32, config.data.seed % 2**32]
   )
-  dataset = _HostBlocks(dataset, config.batch_size, host, num_hosts)
-  dataset = dataset.batch(local, batch_fn=_stack)
-  dataset = dataset.slice(slice(start_step, None))
+  order_seed, visit_seed = seeds.generate_state(2).tolist()
+  order = grain.MapDataset.range(len(source)).shuffle(seed=order_seed)
+  rows = range(config.batch_size)[host * local : (host + 1) * local]
+  recipe = _recipe(source, tokenizer, config)
+  dataset = _HostBatches(
+    order.repeat(None), recipe, visit_seed, config.batch_size, rows
+  ).slice(slice(start_step, None))
   workers = config.data.num_workers
   if not workers:
     return Batches(dataset.to_iter_dataset(_read_options()))
@@ -136,7 +135,7 @@ def eval_images(
   Row r of batch k is record `k * batch_size + r`.
 
   Args:
-    source: any split.
+    source: any split, or a sequence of records.
     config: `data.image_size`.
     batch_size: number of rows of every batch, the last one included.
 
@@ -146,7 +145,8 @@ def eval_images(
     unreadable picture is named on stderr and stands as a black one, so that
     rows and records go on in step.
   """
-  load = functools.partial(_eval_row, source, config.data.image_size)
+  read = source.pair if isinstance(source, Source) else source.__getitem__
+  load = functools.partial(_eval_row, source, read, config.data.image_size)
   dataset = (
     grain.MapDataset.range(len(source))
     .map(load)
@@ -171,21 +171,21 @@ def data_fingerprint(
   source: Source, tokenizer: Tokenizer, config: ConfigDict
 ) -> dict[str, Any]:
   """Returns what must be equal for a run to go on with the same batches."""
-  visit = _visit(source, tokenizer, config)
+  recipe = _recipe(source, tokenizer, config)
   return {
     "source": source.fingerprint,
     "records": len(source),
     "seed": config.seed,
     "data_seed": config.data.seed,
     "batch_size": config.batch_size,
-    "transforms": visit.describe(),
+    "transforms": recipe.describe(),
     "tokenizer": tokenizer.sha256,
   }
 
 
 @dataclasses.dataclass(frozen=True)
-class _Visit:
-  """Reads a record and makes a training example of it."""
+class _Recipe:
+  """How records become the rows of a training batch."""
 
   source: Source
   decode: transforms.Decode
@@ -193,35 +193,55 @@ class _Visit:
   pick: transforms.PickCaption
   tokenize: transforms.Tokenize
 
-  def __call__(self, index: int, rng: np.random.Generator) -> Batch:
-    record, image = self.read(index)
-    random = isinstance(self.crop, transforms.RandomResizedCrop)
-    pixels = self.crop(image, rng) if random else self.crop(image)
-    text, text_len = self.tokenize(self.pick(record["captions"], rng))
+  def make(
+    self, indices: Sequence[int], places: Sequence[int], seed: int
+  ) -> Batch:
+    """Makes a batch.
+
+    For small pictures it is a third faster to take all rows through one step
+    after the other than row by row: the caches keep what a step runs.
+
+    Args:
+      indices: of the records.
+      places: of the records in the endless order.
+      seed: of the random numbers, together with the place.
+    """
+    rng = np.random.Generator(np.random.Philox(seed))
+    records = [self.source.pair(index) for index in indices]
+    images, texts, image_ids = [], [], []
+    for index, place, record in zip(indices, places, records, strict=True):
+      record, image = self.usable(index, record)
+      _go_to(rng, place)
+      images.append(self.crop(image, rng))
+      texts.append(self.pick(record["captions"], rng))
+      image_ids.append(record["image_id"])
+    text, text_len = self.tokenize(texts)
     return {
-      "image": pixels,
+      "image": np.stack(images),
       "text": text,
-      "text_len": np.int32(text_len),
-      "image_id": np.int32(record["image_id"]),
+      "text_len": text_len,
+      "image_id": np.array(image_ids, np.int32),
     }
 
-  def read(self, index: int) -> tuple[Record, Any]:
-    """Returns the first usable record from `index` on, and its picture.
+  def usable(self, index: int, record: Record) -> tuple[Record, Image.Image]:
+    """Returns a record with a caption, and its picture.
 
-    Which one that is depends on the data alone, so batches stay a function
-    of their number.
+    It is the given one, or else the next one that will do: which depends on
+    the data alone, so that batches stay a function of their number.
     """
-    for skips in range(min(len(self.source), _MAX_SKIPS)):
-      place = (index + skips) % len(self.source)
-      record = self.source.pair(place)
-      record["captions"] = [c for c in record["captions"] if c.strip()]
-      if not record["captions"]:
-        _skip(self.source, place, "no caption")
-        continue
+    size = len(self.source)
+    for skips in range(min(size, _MAX_SKIPS)):
+      at = (index + skips) % size
+      record = self.source.pair(at) if skips else record
+      captions = [caption for caption in record["captions"] if caption.strip()]
       try:
-        return record, self.decode(record["image"])
+        if captions:
+          image = self.decode(record["image"])
+          return record | {"captions": captions}, image
+        reason = "no caption"
       except transforms.UnreadableImage as e:
-        _skip(self.source, place, str(e))
+        reason = str(e)
+      _skip(self.source, at, reason)
     raise UserError(
       f"{self.source.name}: {skips + 1} records in a row have no readable "
       f"picture and caption, the first of them {self.source.describe(index)}"
@@ -232,7 +252,9 @@ class _Visit:
     return [repr(t) for t in (self.decode, self.crop, self.pick, self.tokenize)]
 
 
-def _visit(source: Source, tokenizer: Tokenizer, config: ConfigDict) -> _Visit:
+def _recipe(
+  source: Source, tokenizer: Tokenizer, config: ConfigDict
+) -> _Recipe:
   size = config.data.image_size
   scale = tuple(float(s) for s in config.data.crop_scale)
   if config.data.augment == "none":
@@ -246,7 +268,7 @@ def _visit(source: Source, tokenizer: Tokenizer, config: ConfigDict) -> _Visit:
   # Twice the pixels that the crop needs leave the resize as good as exact
   # (only large JPEGs are concerned).
   min_side = int(np.ceil(2 * size / np.sqrt(max(smallest, 1e-2))))
-  return _Visit(
+  return _Recipe(
     source=source,
     decode=transforms.Decode(min_side),
     crop=crop,
@@ -255,30 +277,58 @@ def _visit(source: Source, tokenizer: Tokenizer, config: ConfigDict) -> _Visit:
   )
 
 
-class _HostBlocks(grain.MapDataset):
-  """A host's rows of the global batches: one block of each."""
+class _HostBatches(grain.MapDataset):
+  """A host's rows of the global batches."""
 
   def __init__(
-    self, parent: grain.MapDataset, batch_size: int, host: int, num_hosts: int
+    self,
+    order: grain.MapDataset,
+    recipe: _Recipe,
+    seed: int,
+    batch_size: int,
+    rows: range,
   ):
-    super().__init__(parent)
-    self._global = batch_size
-    self._local = batch_size // num_hosts
-    self._first = host * self._local
-    self._num_hosts = num_hosts
+    """Makes the data set.
+
+    Args:
+      order: indices of records, endless.
+      recipe: makes a batch of them.
+      seed: of the recipe's random numbers.
+      batch_size: number of rows of the global batch.
+      rows: those of this host.
+    """
+    super().__init__(order)
+    self._recipe = recipe
+    self._seed = seed
+    self._batch_size = batch_size
+    self._rows = rows
 
   def __len__(self) -> int:
-    return len(self._parent) // self._num_hosts
+    return len(self._parent) // self._batch_size
 
   def __getitem__(self, index):
     if isinstance(index, slice):
       return self.slice(index)
-    batch, row = divmod(index, self._local)
-    return self._parent[batch * self._global + self._first + row]
+    places = [index * self._batch_size + row for row in self._rows]
+    indices = [self._parent[place] for place in places]
+    return self._recipe.make(indices, places, self._seed)
 
 
-def _eval_row(source: Source, size: int, index: int) -> Batch:
-  record = source[index]
+def _go_to(rng: np.random.Generator, place: int) -> None:
+  """Takes a Philox generator to the stream of a place; cheaper than a new one.
+
+  The counter's last word is the place, its first counts the numbers drawn.
+  """
+  state = rng.bit_generator.state
+  state["state"]["counter"] = np.array([0, 0, 0, place], np.uint64)
+  state["buffer_pos"], state["has_uint32"] = 4, 0  # nothing is left over
+  rng.bit_generator.state = state
+
+
+def _eval_row(
+  source: Source, read: Callable[[int], Record], size: int, index: int
+) -> Batch:
+  record = read(index)
   try:
     image = decode_image(record["image"], size)
   except transforms.UnreadableImage as e:

@@ -71,8 +71,11 @@ class ResizeCenterCrop:
 
   size: int
 
-  def __call__(self, image: Image.Image) -> np.ndarray:
-    """Returns uint8 `[size, size, 3]`."""
+  def __call__(
+    self, image: Image.Image, rng: np.random.Generator | None = None
+  ) -> np.ndarray:
+    """Returns uint8 `[size, size, 3]`; nothing is drawn."""
+    del rng
     width, height = image.size
     short = min(width, height)
     if short != self.size:
@@ -138,7 +141,7 @@ class PickCaption:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenize:
-  """A caption to ids.
+  """Captions to ids.
 
   Attributes:
     max_len: number of ids, SOT, EOT and pads included.
@@ -148,9 +151,9 @@ class Tokenize:
   max_len: int
   tokenizer: Tokenizer = dataclasses.field(repr=False)
 
-  def __call__(self, text: str) -> tuple[np.ndarray, int]:
-    """Returns (ids int32 `[max_len]`, number of ids before the pads)."""
-    return self.tokenizer.encode(text, self.max_len)
+  def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ids int32 `[N, max_len]` and lengths before the pads `[N]`."""
+    return self.tokenizer.encode_batch(texts, self.max_len)
 
 
 def _upright(image: Image.Image) -> Image.Image:
