@@ -37,7 +37,7 @@ setup(
   ],
   extras_require={
     "test": ["pytest>=8.0", "ruff>=0.8"],
-    "parity": ["torch>=2.6", "open_clip_torch>=2.32", "timm>=1.0"],
+    "parity": ["torch>=2.6", "open_clip_torch>=3.3,<4", "timm>=1.0"],
     "eval": ["pycocoevalcap>=1.2"],
     "cuda": ["jax[cuda12]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],

@@ -1,0 +1,1 @@
+"""Parameters from, and to, the layouts of other projects."""
