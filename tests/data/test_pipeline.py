@@ -8,9 +8,9 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import Toy, build, gray, png
 from PIL import Image
 
+from tests.data.toy import Toy, build, gray, png
 from vlp_jax.data import pipeline, sources, transforms, warn
 from vlp_jax.data import tokenizer as tokenizer_lib
 from vlp_jax.errors import UserError

@@ -9,8 +9,8 @@ import types
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from conftest import Toy, build, gray, png
 
+from tests.data.toy import Toy, build, gray, png
 from vlp_jax.data import jsonl, sources, tfds_fields
 from vlp_jax.errors import UserError
 
