@@ -1,4 +1,4 @@
-"""What every command does first and last: devices, caches, errors, exits."""
+"""What every command does first and last: caches, errors, exits."""
 
 from __future__ import annotations
 
@@ -55,23 +55,11 @@ def _fail(message: str) -> None:
   sys.exit(2)
 
 
-def set_up_devices(batch_size: int) -> None:
-  """Makes one JAX device of every CPU core, and keeps what is compiled.
+def keep_compiled() -> None:
+  """Keeps what is compiled, so that the next run starts sooner.
 
-  On a CPU, a batch that is sharded over one device a core runs faster than
-  one device with as many threads (benchmarks/train_step.py). Call it before
-  JAX is used. `JAX_NUM_CPU_DEVICES` and `JAX_COMPILATION_CACHE_DIR`, where
-  set, are left alone.
-
-  Args:
-    batch_size: examples that every device must get an equal part of.
+  `JAX_COMPILATION_CACHE_DIR`, where set, is where. Call it before JAX is used.
   """
-  if "JAX_NUM_CPU_DEVICES" not in os.environ:
-    cores = len(os.sched_getaffinity(0)) if hasattr(
-      os, "sched_getaffinity"
-    ) else os.cpu_count()
-    fitting = [n for n in range(1, cores + 1) if batch_size % n == 0]
-    jax.config.update("jax_num_cpu_devices", max(fitting))
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     cache = pathlib.Path.home() / ".cache" / "vlp_jax" / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(cache))

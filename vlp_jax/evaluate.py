@@ -14,8 +14,9 @@ import json
 import sys
 from collections.abc import Sequence
 
-from vlp_jax import command, metrics, runs
+from vlp_jax import command, metrics, runs, train
 from vlp_jax.errors import UserError
+from vlp_jax.evaluators import base as evaluators
 from vlp_jax.flags import parse_flags
 
 FLAGS = dict(workdir="", step=-1, best=False, ema=False)
@@ -30,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
   if not flags["workdir"]:
     raise UserError("--workdir=DIR is missing; --help shows the usage")
   config = runs.read_config(flags["workdir"], overrides)
-  command.set_up_devices(config.batch_size)
+  command.keep_compiled()
   run = runs.open_run(
     flags["workdir"],
     config,
@@ -38,9 +39,6 @@ def main(argv: Sequence[str]) -> None:
     best=flags["best"],
     use_ema=flags["ema"],
   )
-  from vlp_jax import train
-  from vlp_jax.evaluators import base as evaluators
-
   workdir = command.make_folder(flags["workdir"])
   env = evaluators.Env(config, run.mesh, run.tokenizer, workdir)
   built = evaluators.build_all(run.method, env)

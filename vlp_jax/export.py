@@ -1,12 +1,12 @@
 """Exports a run: `python -m vlp_jax.export --workdir=runs/sycoca --output=DIR`.
 
-  --workdir=DIR     a folder that vlp_jax.main has trained in
-  --output=DIR      a new folder (default: <workdir>/export)
-  --format=orbax    parameters in an Orbax checkpoint, with the config, the
-                    tokenizer and the preprocessing; vlp_jax.load reads it
-  --step=N          which checkpoint (default: the last)
-  --best            the checkpoint with the best validation metric
-  --ema             the moving average of the parameters
+--workdir=DIR     a folder that vlp_jax.main has trained in
+--output=DIR      a new folder (default: <workdir>/export)
+--format=orbax    parameters in an Orbax checkpoint, with the config, the
+                  tokenizer and the preprocessing; vlp_jax.load reads it
+--step=N          which checkpoint (default: the last)
+--best            the checkpoint with the best validation metric
+--ema             the moving average of the parameters
 """
 
 import json
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
       f"--format={flags['format']} is not one of {', '.join(FORMATS)}"
     )
   config = runs.read_config(flags["workdir"], overrides)
-  command.set_up_devices(config.batch_size)
+  command.keep_compiled()
   run = runs.open_run(
     flags["workdir"],
     config,
@@ -49,7 +49,9 @@ def main(argv: Sequence[str]) -> None:
   )
   output = pathlib.Path(flags["output"] or f"{flags['workdir']}/export")
   export(run, output)
-  print(f"exported step {run.step:,} to {output}; vlp_jax.load({str(output)!r})")
+  print(
+    f"exported step {run.step:,} to {output}; vlp_jax.load({str(output)!r})"
+  )
 
 
 def export(run: runs.Run, output: pathlib.Path) -> None:

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from vlp_jax import checkpoint, train_state
 from vlp_jax import config as config_lib
-from vlp_jax.data import pipeline, tokenizer as tokenizer_lib
+from vlp_jax.data import pipeline
+from vlp_jax.data import tokenizer as tokenizer_lib
 from vlp_jax.errors import UserError
 from vlp_jax.methods import base as methods
 from vlp_jax.methods.base import Method, Params

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pathlib
 import signal
 import threading
 import time
@@ -14,7 +13,8 @@ from ml_collections import ConfigDict
 from vlp_jax import checkpoint as checkpoint_lib
 from vlp_jax import command, metrics, optim, sharding, train_state, train_step
 from vlp_jax import config as config_lib
-from vlp_jax.data import pipeline, sources, tokenizer as tokenizer_lib
+from vlp_jax.data import pipeline, sources
+from vlp_jax.data import tokenizer as tokenizer_lib
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import base as evaluators_lib
 from vlp_jax.evaluators import pictures
@@ -54,6 +54,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
   )
   if jax.process_index() == 0:
     config_lib.save(config, workdir / "config.json")
+    (workdir / "tokenizer.model").write_bytes(tokenizer.model)
 
   def create():
     return train_state.create(
@@ -76,9 +77,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
   if checkpoints.latest_step() is None:
     state, seconds = jax.jit(create, out_shardings=shardings)(), 0.0
   else:
-    state, meta = checkpoints.restore(
-      sharding.with_shardings(abstract, mesh)
-    )
+    state, meta = checkpoints.restore(sharding.with_shardings(abstract, mesh))
     check_fingerprint(meta["fingerprint"], fingerprint)
     seconds = meta["seconds"]
   start = int(state.step)
@@ -191,7 +190,7 @@ class Preemption:
 
 
 def is_due(step: int, every_steps: int, total_steps: int) -> bool:
-  """Tells whether something that happens every N steps (0: at the end) is due."""
+  """Tells whether what happens every N steps (0: at the end) is due."""
   return step == total_steps or (every_steps > 0 and step % every_steps == 0)
 
 

@@ -1,0 +1,208 @@
+"""Trains every method at `tiny`, at equal time, and makes the results table.
+
+  python benchmarks/compare_methods.py --minutes=7 --output=runs/compare
+
+One run a core, side by side, each on one device pinned to its core. Equal
+time means: every row's step is timed first, under the same conditions, and
+gets as many steps as fit into the minutes; its schedule has that length.
+Killed and started again, it goes on: what has finished is kept, what was
+under way resumes. Writes <output>/table.md, with the command of each row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+
+# Name of the row, config, what it changes, seeds.
+ROWS = (
+  ("CoCa", "configs/coca.py", (), (0, 1)),
+  ("SyCoCa", "configs/sycoca.py", (), (0, 1)),
+  ("CLIP", "configs/clip.py", (), (0,)),
+  (
+    "CoCa + attentive masking of captioning",
+    "configs/sycoca.py",
+    ("method.tgmim_weight=0",),
+    (0,),
+  ),
+  (
+    "CoCa + TG-MIM, random masks",
+    "configs/sycoca.py",
+    ("method.score=random", "method.r_l=0"),
+    (0,),
+  ),
+  (
+    "SyCoCa, mask_stage=tokens",
+    "configs/sycoca.py",
+    ("method.mask_stage=tokens",),
+    (0,),
+  ),
+  (
+    "SyCoCa, shared decoders",
+    "configs/sycoca.py",
+    ("method.decoders=shared",),
+    (0,),
+  ),
+)
+COLUMNS = (
+  "eval/retrieval/i2t_r1",
+  "eval/retrieval/t2i_r1",
+  "eval/retrieval/i2t_r10",
+  "eval/captioning/true",
+  "eval/pointing/accuracy",
+  "eval/pointing/accuracy_cross_attention",
+  "eval/zeroshot/top1",
+  "eval/binding/contrastive",
+  "eval/binding/captioner",
+  "eval/relation/captioner",
+  "eval_comp/retrieval/i2t_r1",
+  "eval_comp/captioning/true",
+)
+TIMED_STEPS = 60
+
+
+def slug(name: str) -> str:
+  """A folder's name for a row."""
+  return "".join(c if c.isalnum() else "_" for c in name.lower())
+
+
+def command(config: str, changes, workdir: pathlib.Path) -> list[str]:
+  """The command line of a run."""
+  flags = [f"--config.{change}" for change in changes]
+  return [
+    *(sys.executable, "-m", "vlp_jax.main"),
+    *(f"--config={config}", *flags, f"--workdir={workdir}"),
+  ]
+
+
+def run_side_by_side(jobs: list[list[str]], logs: pathlib.Path) -> None:
+  """Runs jobs, one a core, until all have ended.
+
+  Raises:
+    RuntimeError: if a job fails, naming its log.
+  """
+  cores = sorted(os.sched_getaffinity(0))
+  logs.mkdir(parents=True, exist_ok=True)
+  running: dict[int, tuple[subprocess.Popen, pathlib.Path]] = {}
+  queue = list(enumerate(jobs))
+  while queue or running:
+    for core in cores:
+      if core not in running and queue:
+        number, job = queue.pop(0)
+        log = logs / f"{number}.log"
+        print(f"core {core}: {shlex.join(job[2:])}", flush=True)
+        with log.open("w") as file:
+          process = subprocess.Popen(
+            ["taskset", "-c", str(core), *job],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+          )
+        running[core] = process, log
+    time.sleep(0.5)
+    for core, (process, log) in list(running.items()):
+      if process.poll() is not None:
+        del running[core]
+        if process.returncode:
+          raise RuntimeError(f"a run failed: see {log}")
+
+
+def seconds_per_step(workdir: pathlib.Path) -> float:
+  """Reads a timed run's rate, which leaves out compiling and evaluating."""
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  rates = [json.loads(line).get("time/examples_per_second") for line in lines]
+  config = json.loads((workdir / "config.json").read_text())
+  return config["batch_size"] / [rate for rate in rates if rate][-1]
+
+
+def calibrate(output: pathlib.Path, seconds: float) -> dict[str, int]:
+  """Finds how many steps of each row fit into the time."""
+  path = output / "steps.json"
+  if path.exists():
+    return json.loads(path.read_text())
+  jobs = []
+  for name, config, changes, _ in ROWS:
+    short = (
+      *changes,
+      f"total_steps={TIMED_STEPS}",
+      "log.every_steps=10",
+      "evals.validation.max_examples=64",
+    )
+    workdir = output / "timed" / slug(name)
+    if not (workdir / "results.json").exists():
+      jobs.append(command(config, short, workdir))
+  run_side_by_side(jobs, output / "timed" / "logs")
+  steps = {
+    name: int(seconds / seconds_per_step(output / "timed" / slug(name)))
+    for name, *_ in ROWS
+  }
+  path.write_text(json.dumps(steps, indent=2) + "\n")
+  return steps
+
+
+def table(output: pathlib.Path, steps: dict[str, int]) -> str:
+  """Makes the table in Markdown: a row's mean, and its seeds' spread."""
+  heads = [
+    name.split("/", 1)[0][4:] + name.split("/", 1)[1] for name in COLUMNS
+  ]
+  text = ["| row | seeds | steps | " + " | ".join(heads) + " |"]
+  text.append("|" + "---|" * (len(heads) + 3))
+  chance = None
+  for name, _, _, seeds in ROWS:
+    results = [
+      json.loads((output / f"{slug(name)}_{seed}" / "results.json").read_text())
+      for seed in seeds
+    ]
+    metrics = [result["metrics"] for result in results]
+    chance = chance or metrics[0]
+    cells = []
+    for column in COLUMNS:
+      values = [m[column] for m in metrics if column in m]
+      cell = f"{statistics.mean(values):.3f}" if values else "–"
+      if len(values) > 1:
+        cell += f" ({min(values):.3f}–{max(values):.3f})"
+      cells.append(cell)
+    row = [name, str(len(seeds)), str(steps[name]), *cells]
+    text.append("| " + " | ".join(row) + " |")
+  cells = [
+    f"{chance[f'{c}_chance']:.3f}" if f"{c}_chance" in chance else "–"
+    for c in COLUMNS
+  ]
+  text.append("| chance | | | " + " | ".join(cells) + " |")
+  return "\n".join(text) + "\n"
+
+
+def main() -> None:
+  """Calibrates, trains what is missing, writes the table."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--minutes", type=float, default=7.0)
+  parser.add_argument("--output", type=pathlib.Path, default="runs/compare")
+  args = parser.parse_args()
+  args.output.mkdir(parents=True, exist_ok=True)
+  steps = calibrate(args.output, args.minutes * 60)
+  jobs = []
+  commands = []
+  for name, config, changes, seeds in ROWS:
+    for seed in seeds:
+      workdir = args.output / f"{slug(name)}_{seed}"
+      changed = (*changes, f"seed={seed}", f"total_steps={steps[name]}")
+      job = command(config, changed, workdir)
+      commands.append(
+        f"{name}, seed {seed}: {shlex.join(['python', *job[1:]])}"
+      )
+      if not (workdir / "results.json").exists():
+        jobs.append(job)
+  run_side_by_side(jobs, args.output / "logs")
+  text = table(args.output, steps) + "\n" + "\n".join(commands) + "\n"
+  (args.output / "table.md").write_text(text)
+  print(text)
+
+
+if __name__ == "__main__":
+  main()

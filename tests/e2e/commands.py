@@ -1,0 +1,50 @@
+"""Runs the commands as a user would: in processes of their own."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+# Small enough that a run takes seconds once it is compiled.
+SMALL = [
+  "--config.total_steps=6",
+  "--config.schedule.warmup_steps=2",
+  "--config.checkpoint.every_steps=2",
+  "--config.log.every_steps=1",
+]
+
+
+def start(
+  module: str, *args: str, cwd: pathlib.Path, **environ: str
+) -> subprocess.Popen:
+  """Starts `python -m vlp_jax.<module> <args>` in another directory."""
+  return subprocess.Popen(
+    [sys.executable, "-m", f"vlp_jax.{module}", *map(str, args)],
+    cwd=cwd,
+    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **environ},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def run(module: str, *args: str, cwd: pathlib.Path, **environ: str):
+  """Runs a command to its end: (status, stdout, stderr)."""
+  process = start(module, *args, cwd=cwd, **environ)
+  out, err = process.communicate(timeout=600)
+  return process.returncode, out, err
+
+
+def results(workdir: pathlib.Path) -> dict:
+  """Reads what a run has left."""
+  return json.loads((workdir / "results.json").read_text())
+
+
+def lines(workdir: pathlib.Path) -> list[dict]:
+  """Reads metrics.jsonl without what a clock has measured."""
+  kept = []
+  for text in (workdir / "metrics.jsonl").read_text().splitlines():
+    line = json.loads(text)
+    kept.append({k: v for k, v in line.items() if not k.startswith("time/")})
+  return kept

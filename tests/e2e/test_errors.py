@@ -1,0 +1,91 @@
+"""A mistake of the user's ends in one clear line and status 2."""
+
+import json
+import os
+
+import pytest
+
+from tests.e2e import commands
+
+DEBUG = "--config=configs/coca.py:debug"
+
+
+def _jsonl(tmp_path, *lines):
+  path = tmp_path / "pairs.jsonl"
+  path.write_text("\n".join(lines) + "\n")
+  return f"--config.data.source={path}"
+
+
+def _cases():
+  return {
+    "unknown field": ([DEBUG, "--config.batchsize=8"], "batch_size"),
+    "unknown size": (["--config=configs/coca.py:huge"], "tiny"),
+    "unknown config": (["--config=configs/cocoa.py"], "configs/coca.py"),
+    "unknown flag": ([DEBUG, "--work_dir=x"], "--workdir"),
+    "wrong type": ([DEBUG, "--config.batch_size=many"], "int"),
+    "mesh": ([DEBUG, "--config.mesh.data=3"], "mesh"),
+    "accumulate": ([DEBUG, "--config.accumulate=3"], "batch_size"),
+    "long text": ([DEBUG, "--config.tokenizer.max_len=64"], "max_len"),
+    "patches": ([DEBUG, "--config.model.vision.patch_size=7"], "patch_size"),
+    "method": ([DEBUG, "--config.method.name=cocoa"], "clip, coca, sycoca"),
+    "optimizer": ([DEBUG, "--config.optimizer.name=adm"], "adamw"),
+    "data set": ([DEBUG, "--config.data.name=no_such_data"], "no_such_data"),
+    "source": ([DEBUG, "--config.data.source=/no/such.jsonl"], "/no/such"),
+  }
+
+
+@pytest.mark.parametrize("name", list(_cases()))
+def test_one_line_and_status_2(name, tmp_path):
+  args, hint = _cases()[name]
+  status, _, err = commands.run(
+    "main", *args, f"--workdir={tmp_path / 'run'}", cwd=tmp_path
+  )
+  _assert_one_line(status, err, hint)
+
+
+def test_a_jsonl_that_is_broken_at_a_line(tmp_path):
+  good = json.dumps({"image": "a.png", "caption": "a"})
+  source = _jsonl(tmp_path, good, '{"image": "b.png", "caption": ')
+  status, _, err = commands.run(
+    "main", DEBUG, source, f"--workdir={tmp_path / 'run'}", cwd=tmp_path
+  )
+  _assert_one_line(status, err, "pairs.jsonl:2")
+
+
+def test_a_workdir_of_another_config(tmp_path):
+  from vlp_jax import config
+
+  workdir = tmp_path / "run"
+  workdir.mkdir()
+  other = config.load("configs/coca.py:debug", ["seed=7"])
+  config.save(other, workdir / "config.json")
+  status, _, err = commands.run(
+    "main", DEBUG, f"--workdir={workdir}", cwd=tmp_path
+  )
+  _assert_one_line(status, err, "seed: 7 -> 0")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+  # A file where a folder is to be made: root may write anywhere else.
+  blocked = tmp_path / "file"
+  blocked.touch()
+  status, _, err = commands.run(
+    "main", DEBUG, f"--workdir={blocked / 'run'}", cwd=tmp_path
+  )
+  _assert_one_line(status, err, os.fspath(blocked))
+
+
+def test_evaluate_and_export_without_a_run(tmp_path):
+  for command in ("evaluate", "export"):
+    status, _, err = commands.run(
+      command, f"--workdir={tmp_path}", cwd=tmp_path
+    )
+    _assert_one_line(status, err, "config.json")
+
+
+def _assert_one_line(status, err, hint):
+  assert status == 2, err
+  errors = [line for line in err.splitlines() if line.strip()]
+  assert len(errors) == 1, err
+  assert errors[0].startswith("error: ")
+  assert hint in errors[0]

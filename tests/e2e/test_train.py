@@ -1,0 +1,177 @@
+"""Whole runs of every config: what they leave, and that they resume."""
+
+import re
+import shutil
+import signal
+import time
+
+import pytest
+
+from tests.e2e import commands
+
+METHODS = ("clip", "coca", "sycoca")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+  """Runs every method's `debug` size once; returns the folders by name."""
+  folders = {}
+  for method in METHODS:
+    status, _, err = commands.run(
+      "main",
+      f"--config=configs/{method}.py:debug",
+      f"--workdir={folder / method}",
+      *commands.SMALL,
+      cwd=folder,
+    )
+    assert status == 0, err
+    folders[method] = folder / method
+  return folders
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_leaves_what_it_promises(finished, method):
+  workdir = finished[method]
+  results = commands.results(workdir)
+  assert results["step"] == 6
+  assert re.fullmatch("[0-9a-f]{64}", results["params_sha256"])
+  assert results["config"]["method"]["name"] == method
+  names = set(results["metrics"])
+  expected = {
+    *(f"eval/retrieval/{d}_r{k}" for d in ("i2t", "t2i") for k in (1, 5, 10)),
+    *("eval/retrieval/mtr", "eval/retrieval/mir", "eval_comp/retrieval/mtr"),
+    *("eval/pointing/accuracy", "eval/zeroshot/top1"),
+    *("eval/binding/contrastive", "eval/relation/contrastive"),
+  }
+  if method != "clip":
+    expected |= {"eval/captioning/true", "eval/captioning/exact"}
+    expected |= {"eval/binding/captioner", "eval/relation/captioner"}
+  assert expected <= names
+  chances = {"eval/retrieval/i2t_r1_chance", "eval/pointing/accuracy_chance"}
+  assert chances <= names
+  values = [v for k, v in results["metrics"].items() if "cider" not in k]
+  assert all(0 <= value <= 1 for value in values)
+  lines = commands.lines(workdir)
+  trained = [line for line in lines if "train/loss" in line]
+  assert [line["step"] for line in trained] == [1, 2, 3, 4, 5, 6]
+  assert (workdir / "config.json").exists()
+  assert list((workdir / "checkpoints").iterdir())
+  pictures = {path.name for path in (workdir / "pictures").iterdir()}
+  assert {"loss_curves.png", "heatmaps.png"} <= pictures
+  assert ("reconstruction.png" in pictures) == (method == "sycoca")
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished, folder):
+  workdir = folder / "killed"
+  process = commands.start(
+    "main",
+    "--config=configs/sycoca.py:debug",
+    f"--workdir={workdir}",
+    *commands.SMALL,
+    cwd=folder,
+  )
+  checkpoint = workdir / "checkpoints" / "2"
+  deadline = time.monotonic() + 300
+  while not checkpoint.exists() and process.poll() is None:
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  assert not (workdir / "results.json").exists()
+  status, _, err = commands.run(
+    "main",
+    "--config=configs/sycoca.py:debug",
+    f"--workdir={workdir}",
+    *commands.SMALL,
+    cwd=folder,
+  )
+  assert status == 0, err
+  _assert_equal_runs(workdir, finished["sycoca"])
+
+
+def test_sigterm_saves_and_exits_75(finished, folder):
+  workdir = folder / "preempted"
+  args = [
+    "--config=configs/coca.py:debug",
+    f"--workdir={workdir}",
+    *commands.SMALL,
+    "--config.checkpoint.every_steps=0",  # only what SIGTERM saves
+  ]
+  process = commands.start("main", *args, cwd=folder)
+  metrics = workdir / "metrics.jsonl"
+  deadline = time.monotonic() + 300
+  while not (metrics.exists() and metrics.read_text()):
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.01)
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=300)
+  if process.returncode == 0:
+    pytest.skip("the run ended before the signal reached it")
+  assert process.returncode == 75, err
+  assert "saved step" in err
+  status, _, err = commands.run("main", *args, cwd=folder)
+  assert status == 0, err
+  _assert_equal_runs(workdir, finished["coca"])
+
+
+def test_evaluating_leaves_training_alone(finished, folder):
+  workdir = folder / "unwatched"
+  status, _, err = commands.run(
+    "main",
+    "--config=configs/sycoca.py:debug",
+    f"--workdir={workdir}",
+    *commands.SMALL,
+    "--config.evals.validation.every_steps=0",
+    cwd=folder,
+  )
+  assert status == 0, err
+  watched = commands.results(finished["sycoca"])["params_sha256"]
+  assert commands.results(workdir)["params_sha256"] == watched
+
+
+def test_evaluate_repeats_the_final_numbers(finished, folder):
+  workdir = folder / "evaluated"
+  shutil.copytree(finished["coca"], workdir)
+  status, out, err = commands.run(
+    "evaluate", f"--workdir={workdir}", cwd=folder
+  )
+  assert status == 0, err
+  assert "eval/retrieval/i2t_r1" in out
+  import json
+
+  values = json.loads((workdir / "evaluation_6.json").read_text())
+  assert values == commands.results(workdir)["metrics"]
+
+
+def test_an_export_is_usable_from_python(finished, folder):
+  workdir = finished["coca"]
+  status, out, err = commands.run(
+    "export", f"--workdir={workdir}", "--format=orbax", cwd=folder
+  )
+  assert status == 0, err
+  assert "vlp_jax.load" in out
+  import numpy as np
+
+  import vlp_jax
+
+  model = vlp_jax.load(workdir / "export")
+  picture = np.full((70, 64, 3), 200, np.uint8)
+  image = model.encode_image([picture, picture])
+  text = model.encode_text(["a red circle", "a blue square"])
+  assert image.shape == text.shape
+  np.testing.assert_allclose(np.linalg.norm(image, axis=1), 1, rtol=1e-5)
+  np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1, rtol=1e-5)
+  assert len(model.caption([picture])) == 1
+
+
+def _assert_equal_runs(resumed, straight):
+  """Compares all that two runs have left, to the bit."""
+  a, b = commands.results(resumed), commands.results(straight)
+  assert a["params_sha256"] == b["params_sha256"]
+  assert a["metrics"] == b["metrics"]
+  assert commands.lines(resumed) == commands.lines(straight)
