@@ -148,6 +148,7 @@ class DualEncoderMethod:
     return self.module.apply({"params": params}, *args, method=name)
 
   def init(self, key: jax.Array, batch: Batch) -> tuple[Params, MethodState]:
+    """Makes parameters, and no state."""
     variables = self.module.init(
       key, batch["image"], batch["text"], batch["text_len"]
     )
@@ -162,9 +163,11 @@ class DualEncoderMethod:
     return {**params, "temperature": temperature}
 
   def encode_image(self, params: Params, batch: Batch) -> jax.Array:
+    """Embeds `batch["image"]`: float32 `[B, E]`, of unit length."""
     return self.apply(params, "encode_image", batch["image"])
 
   def encode_text(self, params: Params, batch: Batch) -> jax.Array:
+    """Embeds `batch["text"]`: float32 `[B, E]`, of unit length."""
     return self.apply(params, "encode_text", batch["text"], batch["text_len"])
 
   @property

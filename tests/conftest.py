@@ -1,0 +1,29 @@
+"""The whole suite runs on eight CPU devices, whatever the machine has."""
+
+import os
+
+# A CPU for the commands that tests start, too.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+
+# Not by the environment: the commands that tests start choose for themselves.
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_collection_modifyitems(config, items):
+  """Leaves slow tests out, unless `-m` or a test's own name asks for them."""
+  named = any("::" in argument for argument in config.args)
+  if config.option.markexpr or named:
+    return
+  slow = [item for item in items if item.get_closest_marker("slow")]
+  config.hook.pytest_deselected(items=slow)
+  items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture
+def strict_ranks():
+  """Arrays of different rank are an error, not a broadcast."""
+  with jax.numpy_rank_promotion("raise"):
+    yield
