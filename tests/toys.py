@@ -1,0 +1,199 @@
+"""What tests are run on: the real configs at toy size, and random inputs.
+
+Parameters are drawn here rather than initialised: no bias is zero and no
+scale is one, so that a term which is left out shows.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from vlp_jax import config as config_lib
+from vlp_jax import train_state
+from vlp_jax.methods import base
+from vlp_jax.methods.base import Context
+from vlp_jax.ops import rng
+
+IMAGE, PATCH, WIDTH, VOCAB, LENGTH = 24, 8, 16, 40, 10
+PATCHES = (IMAGE // PATCH) ** 2
+BOS, EOS = 2, 3
+
+_SMALL = (
+  f"data.image_size={IMAGE}",
+  "batch_size=8",
+  f"tokenizer.vocab_size={VOCAB}",
+  f"tokenizer.max_len={LENGTH}",
+  "model.embed_dim=12",
+  f"model.vision.width={WIDTH}",
+  "model.vision.depth=1",
+  f"model.text.width={WIDTH}",
+  f"model.text.max_len={LENGTH}",
+  f"model.pooler.width={WIDTH}",
+)
+_DECODERS = {
+  "clip": (),
+  "coca": (f"model.decoder.width={WIDTH}",),
+  "sycoca": (
+    f"model.decoder.width={WIDTH}",
+    f"model.image_decoder.width={WIDTH}",
+  ),
+}
+# Poolers that read [CLS] need one.
+CLS = ("model.pooler.kind=cls", "model.vision.cls_token=true")
+
+
+def config(name: str, *overrides: str):
+  """The `tiny` size of `configs/<name>.py`, made smaller still."""
+  items = (*_SMALL, *_DECODERS[name], *overrides)
+  return config_lib.load(f"configs/{name}.py", items)
+
+
+@functools.cache
+def method(name: str, *overrides: str):
+  """The method of `config(name, *overrides)`."""
+  return base.get(name, config(name, *overrides))
+
+
+def batch(size: int = 4, seed: int = 0, image_size: int = IMAGE) -> dict:
+  """A batch with captions of all lengths; the last two share a picture's id."""
+  draw = np.random.default_rng(seed)
+  shape = (size, image_size, image_size, 3)
+  text_len = draw.integers(3, LENGTH + 1, size).astype(np.int32)
+  text_len[:2] = LENGTH, 3
+  text = draw.integers(4, VOCAB, (size, LENGTH)).astype(np.int32)
+  text[:, 0] = BOS
+  text[np.arange(size), text_len - 1] = EOS
+  text[np.arange(LENGTH) >= text_len[:, None]] = 0
+  image_id = np.arange(size, dtype=np.int32)
+  image_id[-1] = image_id[-2]
+  return dict(
+    image=draw.integers(0, 256, shape, dtype=np.uint8),
+    text=text,
+    text_len=text_len,
+    image_id=image_id,
+    index=np.arange(size, dtype=np.int32),
+  )
+
+
+def random_like(shapes, seed: int = 0):
+  """Draws parameters for a tree of shapes, of the size that they have."""
+  draw = np.random.default_rng(seed)
+
+  def fill(path, leaf):
+    name = path[-1].key
+    values = 0.2 * draw.standard_normal(leaf.shape, np.float32)
+    if name == "scale":
+      return 1 + values
+    return np.log(np.float32(5)) if name == "logit_scale" else values
+
+  return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+@functools.cache
+def shapes(name: str, *overrides: str):
+  """Shapes of a method's parameters."""
+  spec = train_state.batch_spec(config(name, *overrides))
+  init = method(name, *overrides).init
+  return jax.eval_shape(init, jax.random.key(0), spec)[0]
+
+
+def params(name: str, *overrides: str, seed: int = 0):
+  """Drawn parameters of `method(name, *overrides)`."""
+  return random_like(shapes(name, *overrides), seed)
+
+
+def context(step: int = 0, seed: int = 0, method_state=None) -> Context:
+  """What the step would hand a method."""
+  key = jax.random.key(seed, impl="threefry2x32")
+  step = jnp.int32(step)
+  return Context(step, rng.streams(key, step), None, method_state or {}, True)
+
+
+@functools.cache
+def _compiler_options() -> dict:
+  """XLA's options that compile fastest; none where they are unknown."""
+  options = dict(
+    xla_backend_optimization_level=0,
+    xla_llvm_disable_expensive_passes=True,
+    xla_cpu_use_fusion_emitters=False,
+  )
+  try:
+    jax.jit(lambda: jnp.int32(0), compiler_options=options)()
+  except Exception:  # another XLA, which knows other options
+    return {}
+  return options
+
+
+def jit(function, **kwargs):
+  """`jax.jit` that compiles fast and does not care how fast the result is."""
+  return jax.jit(function, compiler_options=_compiler_options(), **kwargs)
+
+
+@functools.cache
+def module_call(name: str, overrides: tuple[str, ...], function: str):
+  """One compiled method of the linen module; further arguments are arrays."""
+  built = method(name, *overrides)
+  return jit(lambda params, *args: built.apply(params, function, *args))
+
+
+@functools.cache
+def losses(name: str, *overrides: str):
+  """Compiled `(params, batch, context) -> (total, (terms, report))`."""
+  return jit(functools.partial(_losses, method(name, *overrides)))
+
+
+@functools.cache
+def gradients(name: str, *overrides: str):
+  """Compiled gradient of the total loss, and the terms."""
+  built = functools.partial(_losses, method(name, *overrides))
+  return jit(jax.grad(built, has_aux=True))
+
+
+def _losses(method, params, batch, ctx):
+  ctx = ctx._replace(train=True)  # a Python bool, which jit would trace
+  out = method.forward(params, batch, ctx)
+  coupled = method.couple(params, out.shared, batch, ctx)
+  terms = {**out.terms, **coupled.terms}
+  values = {name: mean.total / mean.weight for name, mean in terms.items()}
+  report = {**out.report, **coupled.report}
+  report = {name: mean.total / mean.weight for name, mean in report.items()}
+  weights = method.term_weights(ctx.step)
+  total = sum(weight * values[name] for name, weight in weights.items())
+  return total, (values, report)
+
+
+def record_gradients() -> optax.GradientTransformation:
+  """Changes nothing; its state is the last gradient."""
+  return optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda gradients, state, params=None: (gradients, gradients),
+  )
+
+
+def assert_trees_equal(actual, expected):
+  """Bit for bit."""
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def assert_gradients_close(actual, expected, tolerance: float = 1e-5):
+  """Each leaf within `tolerance` of the largest number in that leaf.
+
+  A bias of attention keys shifts all scores of a row alike: its gradient is
+  zero but for rounding, and is held against the whole gradient instead.
+  """
+  actual, expected = jax.device_get((actual, expected))
+  largest = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(expected))
+
+  def check(path, got, want):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    scale = np.max(np.abs(want))
+    if name.endswith("/k/bias"):
+      assert scale < 1e-6 * largest, name
+      scale = largest
+    error = np.max(np.abs(got - want))
+    assert error <= tolerance * scale, f"{name}: {error} of {scale}"
+
+  jax.tree_util.tree_map_with_path(check, actual, expected)
