@@ -61,7 +61,7 @@ def dual_encoder(config, *, bias: float | None = None, scale: float = 1 / 0.07):
     vision=VisionTower(
       patch_size=vision.patch_size,
       grid=(side, side),
-      transformer=transformer(config, vision, init="torch"),
+      transformer=transformer(config, vision, scheme="torch"),
       cls_token=vision.cls_token,
       positions=vision.positions,
       pre_norm=vision.pre_norm,
@@ -106,9 +106,9 @@ def captioner(config) -> dict:
   )
 
 
-def stream(config, tower, init: str = "clip") -> Stream:
+def stream(config, tower, scheme: str = "clip") -> Stream:
   """Builds a stack with cross-attention and its final norm."""
   stack = transformer(
-    config, tower, cross=True, cross_mlp=tower.cross_mlp, init=init
+    config, tower, cross=True, cross_mlp=tower.cross_mlp, scheme=scheme
   )
   return Stream(stack, dtype(config))

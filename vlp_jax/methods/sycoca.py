@@ -332,7 +332,7 @@ def build(config) -> SyCoCa:
   width = (model.decoder if shared else model.image_decoder).width
   image_decoder = None
   if not shared:
-    image_decoder = _towers.stream(config, model.image_decoder, init="xavier")
+    image_decoder = _towers.stream(config, model.image_decoder, scheme="xavier")
   module = SyCoCaModule(
     **_towers.captioner(config),
     decoder_input=PatchDecoderInput(width, _towers.dtype(config)),

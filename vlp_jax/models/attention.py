@@ -17,12 +17,12 @@ class SelfAttention(nn.Module):
 
   Attributes:
     num_heads: N; the width must be a multiple.
-    init: the stack's initializers.
+    inits: the stack's initializers.
     dtype: of the matrix products.
   """
 
   num_heads: int
-  init: BlockInit
+  inits: BlockInit
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -48,7 +48,7 @@ class SelfAttention(nn.Module):
     width = x.shape[-1]
     qkv = nn.DenseGeneral(
       (3, self.num_heads, width // self.num_heads),
-      kernel_init=self.init.project(),
+      kernel_init=self.inits.project(),
       dtype=self.dtype,
       name="qkv",
     )(x)
@@ -59,7 +59,7 @@ class SelfAttention(nn.Module):
         for old, new in zip(cache, (k, v), strict=True)
       )
       mask = (jnp.arange(k.shape[1]) <= position)[None, None]
-    return Out(self.init, self.dtype, name="out")(
+    return Out(self.inits, self.dtype, name="out")(
       attend(q, k, v, mask)[0]
     ), cache
 
@@ -71,23 +71,23 @@ class CrossAttention(nn.Module):
   """
 
   num_heads: int
-  init: BlockInit
+  inits: BlockInit
   dtype: Any = jnp.float32
 
   def setup(self):
-    heads = (self.num_heads, self.init.width // self.num_heads)
+    heads = (self.num_heads, self.inits.width // self.num_heads)
     self.q = nn.DenseGeneral(
       heads,
-      kernel_init=self.init.project(),
+      kernel_init=self.inits.project(),
       dtype=self.dtype,
     )
     # Keys and values are made in one product: both read the same context.
     self.kv = nn.DenseGeneral(
       (2, *heads),
-      kernel_init=self.init.project(),
+      kernel_init=self.inits.project(),
       dtype=self.dtype,
     )
-    self.out = Out(self.init, self.dtype)
+    self.out = Out(self.inits, self.dtype)
 
   def project(self, context: jax.Array) -> KeysValues:
     """Returns keys and values `[B, S, N, H]` of a context `[B, S, C]`."""
@@ -114,15 +114,15 @@ class CrossAttention(nn.Module):
 class Out(nn.Module):
   """The matrix after attention: heads `[B, T, N, H]` to `[B, T, D]`."""
 
-  init: BlockInit
+  inits: BlockInit
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, heads: jax.Array) -> jax.Array:
     return nn.DenseGeneral(
-      self.init.width,
+      self.inits.width,
       axis=(-2, -1),
-      kernel_init=self.init.write(heads.shape[-2] * heads.shape[-1]),
+      kernel_init=self.inits.write(heads.shape[-2] * heads.shape[-1]),
       dtype=self.dtype,
       name="proj",
     )(heads)

@@ -68,17 +68,17 @@ class LogitScale(nn.Module):
   """The temperature of contrastive logits, as the logarithm of its inverse.
 
   Attributes:
-    init: the starting value of exp(logit_scale); 1 / 0.07 in CLIP and CoCa.
+    start: the starting value of exp(logit_scale); 1 / 0.07 in CLIP and CoCa.
     bias: the starting value of an additive bias (SigLIP), or None.
   """
 
-  init: float = 1 / 0.07
+  start: float = 1 / 0.07
   bias: float | None = None
 
   def setup(self):
     constant = nn.initializers.constant
     self.logit_scale = self.param(
-      "logit_scale", constant(jnp.log(self.init)), ()
+      "logit_scale", constant(jnp.log(self.start)), ()
     )
     if self.bias is not None:
       self.logit_bias = self.param("logit_bias", constant(self.bias), ())
@@ -92,8 +92,9 @@ class LogitScale(nn.Module):
 class PatchDecoderInput(nn.Module):
   """Tokens of a masked picture for a decoder (He et al. 2022, section 3).
 
-  Visible tokens are normed and mapped to the decoder's width, one learned token stands
-  for every hidden patch, and fixed 2-D positions say where each belongs.
+  Visible tokens are normed and mapped to the decoder's width, one learned
+  token stands for every hidden patch, and fixed 2-D positions say where each
+  belongs.
 
   Attributes:
     width: the decoder's channels.

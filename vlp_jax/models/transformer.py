@@ -34,7 +34,7 @@ class MLP(nn.Module):
 
   hidden: int
   activation: str
-  init: BlockInit
+  inits: BlockInit
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -42,15 +42,15 @@ class MLP(nn.Module):
     width = x.shape[-1]
     x = nn.Dense(
       self.hidden,
-      kernel_init=self.init.up(self.hidden),
-      bias_init=self.init.mlp_bias(width),
+      kernel_init=self.inits.up(self.hidden),
+      bias_init=self.inits.mlp_bias(width),
       dtype=self.dtype,
       name="up",
     )(x)
     return nn.Dense(
       width,
-      kernel_init=self.init.write(self.hidden),
-      bias_init=self.init.mlp_bias(self.hidden),
+      kernel_init=self.inits.write(self.hidden),
+      bias_init=self.inits.mlp_bias(self.hidden),
       dtype=self.dtype,
       name="down",
     )(ACTIVATIONS[self.activation](x))
@@ -62,7 +62,7 @@ class Block(nn.Module):
   Attributes:
     num_heads: heads of either attention.
     mlp_dim: hidden width of the MLP.
-    init: the stack's initializers, with the width.
+    inits: the stack's initializers, with the width.
     cross: whether the block can attend to a context.
     cross_mlp: whether another MLP comes between self- and cross-attention, as
       in open_clip's text decoder, where each of the two is a whole block.
@@ -72,7 +72,7 @@ class Block(nn.Module):
 
   num_heads: int
   mlp_dim: int
-  init: BlockInit
+  inits: BlockInit
   cross: bool = False
   cross_mlp: bool = False
   activation: str = "gelu"
@@ -83,15 +83,15 @@ class Block(nn.Module):
       return layer_norm(dtype=self.dtype)
 
     def mlp():
-      return MLP(self.mlp_dim, self.activation, self.init, self.dtype)
+      return MLP(self.mlp_dim, self.activation, self.inits, self.dtype)
 
     self.self_norm = norm()
-    self.self_attention = SelfAttention(self.num_heads, self.init, self.dtype)
+    self.self_attention = SelfAttention(self.num_heads, self.inits, self.dtype)
     if self.cross:
       self.cross_norm = norm()
       self.context_norm = norm()
       self.cross_attention = CrossAttention(
-        self.num_heads, self.init, self.dtype
+        self.num_heads, self.inits, self.dtype
       )
       if self.cross_mlp:
         self.self_mlp_norm = norm()
@@ -142,10 +142,10 @@ class Transformer(nn.Module):
     depth: number of blocks.
     num_heads: heads; must divide `width`.
     mlp_ratio: hidden width of the MLP over `width`.
-    cross: whether blocks can attend to a context (of the same width).
+    cross: whether blocks can attend to a context (of any width).
     cross_mlp: see `Block`.
     activation: a name in `ACTIVATIONS`.
-    init: a name in `initializers.SCHEMES`.
+    scheme: a name in `initializers.SCHEMES`.
     scan: run the layers as a loop (compiles once) or unrolled.
     remat: recompute activations in the backward pass: `none`, or a name in
       `REMAT_POLICIES`.
@@ -159,7 +159,7 @@ class Transformer(nn.Module):
   cross: bool = False
   cross_mlp: bool = False
   activation: str = "gelu"
-  init: str = "clip"
+  scheme: str = "clip"
   scan: bool = True
   remat: str = "none"
   dtype: Any = jnp.float32
@@ -190,7 +190,7 @@ class Transformer(nn.Module):
     self.layers = stack(
       num_heads=self.num_heads,
       mlp_dim=int(self.width * self.mlp_ratio),
-      init=BlockInit(self.init, self.width, branches),
+      inits=BlockInit(self.scheme, self.width, branches),
       cross=self.cross,
       cross_mlp=self.cross_mlp,
       activation=self.activation,
