@@ -4,8 +4,6 @@
 pieces; what is trained on them is written in `methods/`.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -155,7 +153,16 @@ class Captioner(DualEncoder):
 
     Returns:
       int32 `[B, max_len]`, padded with 0 after the end symbol.
+
+    Raises:
+      ValueError: if the text tower has fewer positions than `max_len`.
     """
+    if max_len > self.text.max_len:
+      # The look-up of a position would clamp, and repeat the last one.
+      raise ValueError(
+        f"{max_len} tokens need more than the {self.text.max_len} positions "
+        "of the text tower"
+      )
     _, context = self.pool(*self.see(self.embed_patches(image)))
     batch_size = image.shape[0]
     keys_values = self.decoder.transformer.project(context)
