@@ -89,7 +89,7 @@ def make_train_step(
     metrics = {
       "loss": sum(w * values[name] for name, w in weights.items()),
       **values,
-      "grad_norm": optax.global_norm(grads),
+      "grad_norm": optax.tree.norm(grads),
       "skipped": optim.skipped(opt_state).astype(jnp.float32),
     }
     state = state.replace(

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 
 from vlp_jax.ops.attention import MASKED
 
+REDUCTIONS = ("mean", "sum")
+
 
 def negatives(image_id: jax.Array) -> jax.Array:
   """Returns bool `[B, B]`: which pairs are negatives, given int32 `[B]`.
@@ -38,7 +40,7 @@ def softmax(
   Raises:
     ValueError: on another reduction.
   """
-  if reduction not in ("mean", "sum"):
+  if reduction not in REDUCTIONS:
     raise ValueError(f"reduction {reduction!r} is neither mean nor sum")
   logits = scale * jnp.matmul(image, text.T, preferred_element_type=jnp.float32)
   diagonal = jnp.eye(len(image), dtype=bool)

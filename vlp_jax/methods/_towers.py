@@ -1,20 +1,35 @@
 """Builds the modules that methods compose, from a config's `model` section."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
 from vlp_jax.errors import UserError
 from vlp_jax.models.heads import LogitScale, TextProjection, VocabularyHead
-from vlp_jax.models.poolers import ImagePool
+from vlp_jax.models.poolers import KINDS, ImagePool
 from vlp_jax.models.stream import Stream
-from vlp_jax.models.text import TextTower
-from vlp_jax.models.transformer import Transformer
-from vlp_jax.models.vision import VisionTower
+from vlp_jax.models.text import POOLS, TextTower
+from vlp_jax.models.transformer import (
+  ACTIVATIONS,
+  REMAT_POLICIES,
+  Transformer,
+)
+from vlp_jax.models.vision import POSITIONS, VisionTower
+
+
+def check(field: str, value: str, allowed: Sequence[str]) -> None:
+  """Raises a `UserError` unless `config.<field>` is one of `allowed`."""
+  if value not in allowed:
+    raise UserError(
+      f"config.{field} is {value!r}, not one of {', '.join(allowed)}"
+    )
 
 
 def dtype(config):
   """The dtype of matrix products: `auto` is float32 on a CPU, else bfloat16."""
   name = config.model.dtype
+  check("model.dtype", name, ("auto", "float32", "bfloat16"))
   if name == "auto":
     name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   return jnp.dtype(name)
@@ -27,6 +42,8 @@ def transformer(config, tower, **fields) -> Transformer:
       f"{tower.num_heads} heads do not divide a width of {tower.width}: "
       "change num_heads or width of that tower in config.model"
     )
+  check("model.activation", config.model.activation, tuple(ACTIVATIONS))
+  check("model.remat", config.model.remat, ("none", *REMAT_POLICIES))
   return Transformer(
     width=tower.width,
     depth=tower.depth,
@@ -50,12 +67,23 @@ def dual_encoder(config, *, bias: float | None = None, scale: float = 1 / 0.07):
   """
   model, kind = config.model, dtype(config)
   vision, side = model.vision, config.data.image_size // model.vision.patch_size
+  check("model.vision.positions", vision.positions, POSITIONS)
+  check("model.text.pool", model.text.pool, POOLS)
+  check("model.pooler.kind", model.pooler.kind, KINDS)
   if vision.positions == "sincos" and vision.width % 4:
     raise UserError("sincos positions need config.model.vision.width % 4 == 0")
   if model.pooler.kind in ("cls", "openclip") and not vision.cls_token:
     raise UserError(
       f"config.model.pooler.kind={model.pooler.kind} reads [CLS]: set "
       "config.model.vision.cls_token=true"
+    )
+  # open_clip's first query makes the embedding, the others the context.
+  queries = {"openclip": 2, "parallel": 1, "cascade": 1}
+  if model.pooler.num_queries < queries.get(model.pooler.kind, 0):
+    raise UserError(
+      f"config.model.pooler.kind={model.pooler.kind} needs "
+      f"config.model.pooler.num_queries >= {queries[model.pooler.kind]} "
+      "(CoCa has 256)"
     )
   return dict(
     vision=VisionTower(

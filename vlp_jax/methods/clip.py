@@ -14,7 +14,6 @@ import dataclasses
 
 import jax
 
-from vlp_jax.errors import UserError
 from vlp_jax.losses import contrastive
 from vlp_jax.methods import _towers
 from vlp_jax.methods.base import Coupled, DualEncoderMethod, Mean, Output
@@ -58,10 +57,12 @@ class CLIP(DualEncoderMethod):
 
 def build(config) -> CLIP:
   """Builds CLIP from `config.model` and `config.method`."""
-  if config.method.loss not in ("softmax", "sigmoid"):
-    raise UserError(
-      f"config.method.loss is {config.method.loss!r}, not softmax or sigmoid"
-    )
+  _towers.check("method.loss", config.method.loss, ("softmax", "sigmoid"))
+  _towers.check(
+    "method.itc_reduction",
+    config.method.itc_reduction,
+    contrastive.REDUCTIONS,
+  )
   start = {}
   if config.method.loss == "sigmoid":
     start = dict(scale=10.0, bias=-10.0)  # SigLIP section 3.2

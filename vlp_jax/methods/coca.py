@@ -102,4 +102,7 @@ def contrastive_terms(method, params, shared, batch) -> Coupled:
 def build(config) -> CoCa:
   """Builds CoCa from `config.model` and `config.method`."""
   fields = {k: v for k, v in config.method.items() if k != "name"}
+  _towers.check(
+    "method.itc_reduction", fields["itc_reduction"], contrastive.REDUCTIONS
+  )
   return CoCa(Captioner(**_towers.captioner(config)), **fields)

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from vlp_jax.errors import UserError
-from vlp_jax.losses import masked
+from vlp_jax.losses import contrastive, masked
 from vlp_jax.methods import _towers
 from vlp_jax.methods.base import (
   CaptionerMethod,
@@ -46,6 +46,7 @@ from vlp_jax.ops import patches as patches_lib
 
 SCORES = ("joint", "raw", "random", "reverse")
 MASK_STAGES = ("input", "tokens")
+DECODERS = ("separate", "shared")
 
 
 class SyCoCaModule(Captioner):
@@ -299,13 +300,10 @@ def build(config) -> SyCoCa:
     ("mask_stage", MASK_STAGES),
     ("target", masked.TARGETS),
     ("distance", tuple(masked.DISTANCES)),
-    ("itc_reduction", ("mean", "sum")),
+    ("itc_reduction", contrastive.REDUCTIONS),
+    ("decoders", DECODERS),
   ):
-    if options[field] not in allowed:
-      raise UserError(
-        f"config.method.{field} is {options[field]!r}, not one of "
-        f"{', '.join(allowed)}"
-      )
+    _towers.check(f"method.{field}", options[field], allowed)
   patches = (config.data.image_size // config.model.vision.patch_size) ** 2
   if options["tgmim_weight"] and not (
     0 < masking.count(options["r_h"], patches) < patches
@@ -329,7 +327,13 @@ def build(config) -> SyCoCa:
       "config.model.pooler.kind=cls or attention, and towers of equal width"
     )
   shared = options.pop("decoders") == "shared"
-  width = (model.decoder if shared else model.image_decoder).width
+  tower = "decoder" if shared else "image_decoder"
+  width = model[tower].width
+  if width % 4:
+    raise UserError(
+      f"config.model.{tower}.width={width} must be a multiple of 4: the image "
+      "decoder's positions are sines and cosines"
+    )
   image_decoder = None
   if not shared:
     image_decoder = _towers.stream(config, model.image_decoder, scheme="xavier")

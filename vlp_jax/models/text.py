@@ -11,6 +11,8 @@ from vlp_jax.models.attention import KeysValues
 from vlp_jax.models.transformer import Transformer
 from vlp_jax.ops import masks
 
+POOLS = ("cls", "eot")
+
 
 class TextTower(nn.Module):
   """CoCa's unimodal text decoder, and with `pool="eot"` CLIP's text encoder.

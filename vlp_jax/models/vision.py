@@ -10,6 +10,8 @@ from vlp_jax.models import initializers
 from vlp_jax.models.transformer import Transformer, layer_norm
 from vlp_jax.ops import patches as patches_lib
 
+POSITIONS = ("learned", "sincos")
+
 
 class VisionTower(nn.Module):
   """A vision transformer (Dosovitskiy et al. 2021), of any resolution.
