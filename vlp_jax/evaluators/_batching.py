@@ -59,15 +59,24 @@ def put(
   }
 
 
+def jit(function: Callable, mesh: Mesh) -> Callable:
+  """Jits a function of rows so that every host can fetch what it returns.
+
+  A single host fetches the rows from where they are. Gathering them first
+  would put a collective into every evaluation, for nothing.
+  """
+  spec = P() if jax.process_count() > 1 else P(("data", "fsdp"))
+  return jax.jit(function, out_shardings=NamedSharding(mesh, spec))
+
+
 @functools.lru_cache(maxsize=128)
 def compiled(method: Method, capability: str, mesh: Mesh, **static):
-  """Jits `method.<capability>(params, batch, **static)`, results on all hosts.
+  """Jits `method.<capability>(params, batch, **static)`.
 
   One function for each method, capability and mesh, so that evaluators share
   what is compiled.
   """
-  function = functools.partial(getattr(method, capability), **static)
-  return jax.jit(function, out_shardings=NamedSharding(mesh, P()))
+  return jit(functools.partial(getattr(method, capability), **static), mesh)
 
 
 def run_batches(

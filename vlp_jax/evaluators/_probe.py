@@ -54,7 +54,7 @@ class Probe(base.Evaluator):
     }
     if self.has("caption_score"):
       pairs = list(zip(np.repeat(places, 2).tolist(), texts, strict=True))
-      score = self.on_pairs(params, "caption_score", pairs)
+      score = self.on_pairs(self.compiled("caption_score"), params, pairs)
       metrics["captioner"] = wins(score)
       metrics["captioner_chance"] = 0.5
     return metrics

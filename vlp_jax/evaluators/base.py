@@ -166,44 +166,32 @@ class Evaluator:
     """Tells whether the method can do something."""
     return hasattr(self.method, capability)
 
+  def compiled(self, capability: str, **static) -> Callable:
+    """Jits a capability of the method; the `static` arguments are bound."""
+    return compiled(self.method, capability, self.env.mesh, **static)
+
   def on_images(
     self,
+    function: Callable,
     params: Params,
-    capability: str,
     indices: Sequence[int] | None = None,
-    **static,
   ) -> np.ndarray:
-    """Applies a capability of the method to pictures, `[N, ...]`."""
+    """Applies a jitted function to all pictures or some, `[N, ...]`."""
     source = self.source if indices is None else Subset(self.source, indices)
     batches = pipeline.eval_images(source, self.env.config, self.batch_size)
-    function = compiled(self.method, capability, self.env.mesh, **static)
-    return run_batches(function, params, batches, self.env.mesh)
-
-  def on_texts(self, params: Params, texts: Sequence[str]) -> np.ndarray:
-    """Encodes texts, `[N, E]` float32."""
-    function = compiled(self.method, "encode_text", self.env.mesh)
-    batches = self._text_batches(texts)
     return run_batches(function, params, batches, self.env.mesh)
 
   def on_pairs(
     self,
+    function: Callable,
     params: Params,
-    capability: str,
     pairs: Sequence[tuple[int, str]],
-    **static,
   ) -> np.ndarray:
-    """Applies a capability to (place of the picture, text) pairs, `[N, ...]`.
+    """Applies a jitted function to (place of picture, text) pairs, `[N, ...]`.
 
     A picture is decoded once where its pairs follow one another.
     """
-    size = self.env.config.data.image_size
-
-    @functools.lru_cache(maxsize=1)
-    def read(index):
-      try:
-        return pipeline.decode_image(self.source[index]["image"], size)
-      except transforms.UnreadableImage:  # as in pipeline.eval_images
-        return np.zeros((size, size, 3), np.uint8)
+    read = functools.lru_cache(maxsize=1)(self.image)
 
     def batches():
       texts = self._text_batches([text for _, text in pairs])
@@ -212,20 +200,36 @@ class Evaluator:
         image = np.stack([read(index) for index, _ in rows])
         yield batch | {"image": pad_rows(image, self.batch_size)}
 
-    function = compiled(self.method, capability, self.env.mesh, **static)
     return run_batches(function, params, batches(), self.env.mesh)
+
+  def image(self, index: int) -> np.ndarray:
+    """Returns a picture, uint8 `[S, S, 3]`; black if it cannot be read."""
+    size = self.env.config.data.image_size
+    try:
+      return pipeline.decode_image(self.source[index]["image"], size)
+    except transforms.UnreadableImage:  # as in pipeline.eval_images
+      return np.zeros((size, size, 3), np.uint8)
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Returns the text of ids; a model may have more than the tokenizer."""
+    tokenizer = self.env.tokenizer
+    return tokenizer.decode([i for i in ids if i < tokenizer.vocab_size])
 
   def encode_images(self, params: Params) -> np.ndarray:
     """Embeds every picture of the split, `[N, E]`, once for these weights."""
     key = ("images", self.method, self.config.split, len(self.source))
-    return self.env.memo(
-      params, key, lambda: self.on_images(params, "encode_image")
-    )
+    encode = self.compiled("encode_image")
+    return self.env.memo(params, key, lambda: self.on_images(encode, params))
 
   def encode_texts(self, params: Params, texts: Sequence[str]) -> np.ndarray:
     """Embeds texts, `[N, E]`, once for these weights and these texts."""
     key = ("texts", self.method, tuple(texts))
-    return self.env.memo(params, key, lambda: self.on_texts(params, texts))
+    encode, mesh = self.compiled("encode_text"), self.env.mesh
+    return self.env.memo(
+      params,
+      key,
+      lambda: run_batches(encode, params, self._text_batches(texts), mesh),
+    )
 
   def _text_batches(self, texts) -> Iterator[dict[str, np.ndarray]]:
     max_len = self.env.config.tokenizer.max_len

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from absl import logging
@@ -82,14 +82,19 @@ class Evaluator(base.Evaluator):
 
   def captions(self, params) -> list[str]:
     """Writes a caption for every picture of the split."""
-    ids = self.on_images(
-      params,
-      "generate",
-      max_len=self.config.max_len or self.env.config.tokenizer.max_len,
-      bos_id=self.env.tokenizer.bos_id,
-      eos_id=self.env.tokenizer.eos_id,
-    )
-    return [self.env.tokenizer.decode(row) for row in ids]
+    ids = self.on_images(generator(self, self.config.max_len), params)
+    return [self.decode(row) for row in ids]
+
+
+def generator(evaluator: base.Evaluator, max_len: int = 0) -> Callable:
+  """Returns the jitted greedy captioner of an evaluator's method."""
+  tokenizer = evaluator.env.tokenizer
+  return evaluator.compiled(
+    "generate",
+    max_len=max_len or evaluator.env.config.tokenizer.max_len,
+    bos_id=tokenizer.bos_id,
+    eos_id=tokenizer.eos_id,
+  )
 
 
 def words(text: str) -> list[str]:

@@ -18,8 +18,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import _batching, _truth, base
@@ -177,7 +176,7 @@ def rank_all(
 
 @functools.lru_cache(maxsize=8)
 def _compiled_ranks(mesh: Mesh):
-  return jax.jit(_ranks, out_shardings=NamedSharding(mesh, P()))
+  return _batching.jit(_ranks, mesh)
 
 
 def _ranks(all_keys, batch) -> jax.Array:

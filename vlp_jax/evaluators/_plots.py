@@ -1,0 +1,204 @@
+"""Sheets of pictures and texts, laid out in inches so that nothing overlaps.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart, and a
+verdict is always a word as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import unicodedata
+import warnings
+from collections.abc import Sequence
+
+import jax
+import matplotlib
+import numpy as np
+from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+INK, GREY = "#1a1a1a", "#595959"
+# Word, colour and line of a frame.
+RIGHT = ("right", "#007a59", "-")
+WRONG = ("wrong", "#c44e00", "--")
+ALSO_TRUE = ("also true", "#0072b2", "-.")
+TRUE = ("true", *RIGHT[1:])
+FALSE = ("false", *WRONG[1:])
+PLAIN = ("", "#b3b3b3", "-")
+LINES = (
+  *("#0072b2", "#d55e00", "#009e73", "#cc79a7"),
+  *("#56b4e9", "#8f6b00", "#1a1a1a"),
+)
+
+MARGIN = 0.35
+BODY, SMALL = 11, 10
+_DPI = 110
+# After DejaVu Sans, which comes with matplotlib, for what it lacks.
+_MORE_FONTS = (
+  *("Noto Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Arabic"),
+  *("Noto Sans Hebrew", "Noto Sans Devanagari", "Noto Sans Thai"),
+  *("Arial Unicode MS", "Hiragino Sans", "PingFang SC", "Microsoft YaHei"),
+  *("WenQuanYi Zen Hei", "Unifont", "Noto Emoji"),
+)
+
+
+@functools.cache
+def fonts() -> list[str]:
+  """Lists the installed fonts to look a letter up in, best first."""
+  installed = set(font_manager.get_font_names())
+  return ["DejaVu Sans", *(name for name in _MORE_FONTS if name in installed)]
+
+
+def style() -> matplotlib.RcParams:
+  """Returns the context of all drawing: fonts, and no TeX in users' texts."""
+  return matplotlib.rc_context(
+    {
+      "font.family": fonts(),
+      "font.size": BODY,
+      "text.color": INK,
+      "text.parse_math": False,
+      "axes.spines.top": False,
+      "axes.spines.right": False,
+    }
+  )
+
+
+def _width(text: str) -> int:
+  """Counts columns; Chinese, Japanese and Korean letters take two."""
+  wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+  return len(text) + wide
+
+
+def fold(text: str, inches: float, size: float, lines: int) -> str:
+  """Breaks a text to a width, and ends it with an ellipsis if it is longer.
+
+  Args:
+    text: any text; spaces and line ends count as one space.
+    inches: width to fill.
+    size: of the letters, in points.
+    lines: most lines to return.
+  """
+  columns = max(4, int(inches * 72 / (0.58 * size)))
+  rows, row = [], ""
+  for word in text.split():
+    joined = f"{row} {word}" if row else word
+    if _width(joined) <= columns:
+      row = joined
+      continue
+    if row:
+      rows.append(row)
+    while _width(word) > columns:  # no space to break at
+      cut = columns
+      while _width(word[:cut]) > columns:
+        cut -= 1
+      rows.append(word[:cut])
+      word = word[cut:]
+    row = word
+  rows.append(row)
+  if len(rows) > lines:
+    last = rows[lines - 1]
+    while _width(last) > columns - 1:
+      last = last[:-1]
+    rows = [*rows[: lines - 1], last.rstrip(" ,.;") + "…"]
+  return "\n".join(rows)
+
+
+class Sheet:
+  """A figure with a title, how to read it, and what is put at (x, y).
+
+  Positions and sizes are inches from the left upper corner of the body,
+  which is below the head and inside the margins.
+  """
+
+  def __init__(
+    self,
+    title: str,
+    explanation: str,
+    width: float,
+    height: float,
+    legend: Sequence[tuple[str, str]] = (),
+  ):
+    """Draws the head.
+
+    Args:
+      title: one line.
+      explanation: how to read the picture.
+      width: of the body.
+      height: of the body.
+      legend: (colour, meaning) pairs.
+    """
+    self._width = width + 2 * MARGIN
+    lines = fold(explanation, width, BODY, 6)
+    head = 0.5 + 0.21 * (lines.count("\n") + 1) + (0.34 if legend else 0.08)
+    self._top = MARGIN + head
+    self._height = self._top + height + MARGIN
+    self.figure = Figure(
+      figsize=(self._width, self._height), dpi=_DPI, facecolor="white"
+    )
+    self.text(0, -head, title, size=15, weight="bold")
+    self.text(0, 0.42 - head, lines, color=GREY)
+    at = 0.0
+    for color, meaning in legend:
+      box = self._box(at, -0.28, 0.16, 0.16)
+      self.figure.add_artist(
+        Rectangle(box[:2], *box[2:], facecolor=color, edgecolor="none")
+      )
+      self.text(at + 0.22, -0.29, meaning, size=SMALL)
+      at += 0.5 + _width(meaning) * 0.6 * SMALL / 72
+
+  def _box(self, x, y, width, height):
+    """Turns inches into the figure's fractions, counted from below."""
+    return (
+      (MARGIN + x) / self._width,
+      1 - (self._top + y + height) / self._height,
+      width / self._width,
+      height / self._height,
+    )
+
+  def text(self, x: float, y: float, text: str, *, size=BODY, **style) -> None:
+    """Writes with the left upper corner at (x, y)."""
+    left, top, *_ = self._box(x, y, 0, 0)
+    style = {"va": "top", "linespacing": 1.25} | style
+    self.figure.text(left, top, text, fontsize=size, **style)
+
+  def axes(self, x: float, y: float, width: float, height: float):
+    """Returns axes that fill a box."""
+    return self.figure.add_axes(self._box(x, y, width, height))
+
+  def image(self, x, y, side, pixels: np.ndarray, verdict=PLAIN):
+    """Shows a picture in a square, framed by a verdict; returns its axes.
+
+    The axes' coordinates are fractions of the picture, y downwards.
+    """
+    axes = self.axes(x, y, side, side)
+    axes.imshow(
+      pixels, extent=(0, 1, 1, 0), interpolation="nearest", aspect="auto"
+    )
+    axes.set(xticks=[], yticks=[])
+    _, color, line = verdict
+    for spine in axes.spines.values():
+      spine.set(
+        visible=True,
+        color=color,
+        linestyle=line,
+        linewidth=1 if verdict is PLAIN else 3.5,
+      )
+    return axes
+
+  def verdict(self, x, y, verdict, more: str = "") -> None:
+    """Writes the word of a verdict in its colour, and more."""
+    word, color, _ = verdict
+    self.text(x, y, word + more, color=color, weight="bold", size=SMALL)
+
+  def save(self, path: pathlib.Path) -> pathlib.Path:
+    """Writes a PNG, on the first host alone."""
+    if jax.process_index() == 0:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      with warnings.catch_warnings():
+        # A letter that no font has is shown as a box.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        FigureCanvasAgg(self.figure).print_png(str(path))
+    return path
