@@ -249,7 +249,13 @@ def test_muon_equals_numpy():
 def test_muon_decays_weights():
   off, on = (
     run(
-      make_config(name="muon", weight_decay=decay, muon_learning_rate=0.3),
+      make_config(
+        name="muon",
+        learning_rate=0.1,
+        muon_learning_rate=0.3,
+        weight_decay=decay,
+        grad_clip=0.0,
+      ),
       [make_params(1)],
       make_params(),
     )[0]
@@ -258,14 +264,20 @@ def test_muon_decays_weights():
   shrunk = jax.tree.map(lambda a, b: a - b, off, on)
   for name, p in by_name(make_params()).items():
     table = name in ("vocabulary/kernel", "embedding/embedding")
-    peak = 1e-3 if table else 0.3
+    peak = 0.1 if table else 0.3
     want = rate(0, peak) * 0.5 * (name in DECAYED) * np.asarray(p)
     np.testing.assert_allclose(by_name(shrunk)[name], want, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
-def test_a_stack_is_trained_like_its_layers(name):
-  config = make_config(name=name, grad_clip=0.0)
+def test_a_stack_is_trained_like_its_layers():
+  """Under Muon: the others but Adafactor see single numbers only."""
+  config = make_config(
+    name="muon",
+    learning_rate=0.1,
+    muon_learning_rate=0.3,
+    weight_decay=0.5,
+    grad_clip=0.0,
+  )
   gradients = [make_params(seed) for seed in (1, 2)]
   stacked, _ = run(config, gradients, make_params())
   for i in range(2):
@@ -288,7 +300,7 @@ def test_clipping():
   np.testing.assert_allclose(norm, 0.1 * 1e-3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_nonfinite_gradients_change_nothing(name):
   config = make_config(name=name)
   good = [make_params(seed) for seed in (1, 2)]

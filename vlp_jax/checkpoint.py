@@ -66,6 +66,11 @@ class Checkpointer:
       cleanup_tmp_directories=writable,
       best_fn=self._score if best_metric else None,
       preservation_policy=policies.AnyPreservationPolicy(kept),
+      # A folder that cannot be made is told at once; in the background, the
+      # threads that wait for it would keep the process for five minutes.
+      async_options=ocp.options.AsyncOptions(
+        create_directories_asynchronously=False
+      ),
     )
     with _explained(self._directory):
       self._manager = ocp.CheckpointManager(
