@@ -212,8 +212,7 @@ def test_results(tmp_path):
     "step": 7,
     "params_sha256": "abc",
     "seconds": 1.5,
-    "eval/retrieval/t2i_r1": 0.5,
-    "eval/captioning/true": None,
+    "metrics": {"eval/retrieval/t2i_r1": 0.5, "eval/captioning/true": None},
   }
   assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 

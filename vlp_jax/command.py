@@ -59,8 +59,11 @@ def keep_compiled() -> None:
   """Keeps what is compiled, so that the next run starts sooner.
 
   `JAX_COMPILATION_CACHE_DIR`, where set, is where. Call it before JAX is used.
+  Several CPU devices go without: programs with collectives that jaxlib 0.10.2
+  reads from its cache stop at the first one, for good.
   """
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  several = os.environ.get("JAX_NUM_CPU_DEVICES", "1") != "1"
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ and not several:
     cache = pathlib.Path.home() / ".cache" / "vlp_jax" / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(cache))
 

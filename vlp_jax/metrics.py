@@ -283,8 +283,8 @@ def write_results(
 ) -> None:
   """Writes `results.json`, whole or not at all.
 
-  The metrics stand beside `step`, `params_sha256`, `seconds` and `config`,
-  under their flat names.
+  One object with `config`, `step`, `params_sha256`, `seconds` and `metrics`,
+  the last by flat name; what is not finite becomes null.
 
   Args:
     workdir: the run's folder.
@@ -299,10 +299,16 @@ def write_results(
   """
   if jax.process_index() != 0:
     return
-  results = {"step": step, "params_sha256": params_sha256, "seconds": seconds}
-  for name, value in sorted(metrics.items()):
-    results[name] = float(value) if math.isfinite(value) else None
-  results["config"] = json.loads(config.to_json())
+  results = {
+    "config": json.loads(config.to_json()),
+    "step": step,
+    "params_sha256": params_sha256,
+    "seconds": seconds,
+    "metrics": {
+      name: float(value) if math.isfinite(value) else None
+      for name, value in sorted(metrics.items())
+    },
+  }
   path = pathlib.Path(workdir) / "results.json"
   with _explained(path):
     _write_whole(path, json.dumps(results, indent=2) + "\n")

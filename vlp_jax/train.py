@@ -106,17 +106,16 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
   )
   pending = None
 
-  def log() -> None:
-    """Writes the metrics of the step before, which the device has finished."""
-    if pending is None:
+  def log(finished: tuple[int, train_step.Metrics] | None) -> None:
+    """Writes the metrics of a step; waits until the device has them."""
+    if finished is None:
       return
-    step, values = pending
+    step, values = finished
     values = {k: float(v) for k, v in jax.device_get(values).items()}
     progress.update(step, values["loss"])
     if step % config.log.every_steps == 0 or step == total_steps:
-      learning_rate = float(schedule(step - 1))
       scalars = {f"train/{name}": value for name, value in values.items()}
-      scalars["train/learning_rate"] = learning_rate
+      scalars["train/learning_rate"] = float(schedule(step - 1))
       writer.write(step, scalars | progress.rates())
 
   def save(step: int, scores: dict[str, float] | None = None) -> None:
@@ -130,26 +129,28 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
       with progress.waiting():
         batch = sharding.put_batch(next(batches), mesh)
       state, values = step_fn(state, batch)
-      log()
+      log(pending)  # of the step before: the device is never waited for
       pending = step, values
-      results = {}
       due = due_evaluators(config, evaluators, step, total_steps)
+      saving = preemption.requested or is_due(
+        step, config.checkpoint.every_steps, total_steps
+      )
+      if due or saving:
+        log(pending)
+        pending = None
+      results = {}
       if due:
         with progress.pause("evaluating"):
           results = evaluate(due, config, state.params, state.ema_params)
         writer.write(step, results)
-      if preemption.requested or is_due(
-        step, config.checkpoint.every_steps, total_steps
-      ):
+      if saving:
         with progress.pause("saving"):
           save(step, results)
       if preemption.requested and step < total_steps:
-        log()
         checkpoints.wait()
         raise command.Preempted(
           f"preempted: saved step {step} in {workdir}; the same command resumes"
         )
-    log()
   batches.close()
   if start >= total_steps:
     results = evaluate(evaluators, config, state.params, state.ema_params)
