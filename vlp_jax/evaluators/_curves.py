@@ -30,7 +30,7 @@ def loss_curves(method: Method, path: pathlib.Path) -> Sheet | None:
   if "train/loss" not in curves:
     return None
   recalls = _recalls(curves)
-  panel, gap, top, height = 5.2, 0.9, 1.05, 3.6
+  panel, gap, top, height = 5.2, 0.9, 0.75, 3.6
   sheet = Sheet(
     "Training: loss and retrieval over the steps",
     "Left, the loss and its terms, each before its weight; lower is better. "
@@ -80,7 +80,7 @@ def read(path: pathlib.Path) -> dict[str, Curve]:
     try:
       record = json.loads(line)
       step = int(record.pop("step"))
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError):
       continue
     for name, value in record.items():
       value = np.nan if value is None else value
@@ -119,6 +119,7 @@ def _finish(axes, quantity: str, columns: int) -> None:
   """Names the axes, and puts the legend above the lines."""
   axes.set_xlabel("step")
   axes.set_ylabel(quantity)
+  axes.set_xlim(left=0)
   axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
   axes.grid(color="#e6e6e6", linewidth=0.8)
   axes.tick_params(colors=GREY)

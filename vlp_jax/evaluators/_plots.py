@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import pathlib
-import unicodedata
 import warnings
 from collections.abc import Sequence
 
@@ -35,6 +34,7 @@ LINES = (
 
 MARGIN = 0.35
 BODY, SMALL = 11, 10
+_LINE = 1.35 / 72  # from line to line, over the size of the letters
 _DPI = 110
 # After DejaVu Sans, which comes with matplotlib, for what it lacks.
 _MORE_FONTS = (
@@ -66,13 +66,28 @@ def style() -> matplotlib.RcParams:
   )
 
 
-def _width(text: str) -> int:
-  """Counts columns; Chinese, Japanese and Korean letters take two."""
-  wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
-  return len(text) + wide
+@functools.cache
+def _font():
+  return font_manager.get_font(font_manager.findfont("DejaVu Sans"))
 
 
-def fold(text: str, inches: float, size: float, lines: int) -> str:
+@functools.lru_cache(maxsize=4096)
+def _advance(letter: str) -> float:
+  """Returns a letter's width over the font's size."""
+  font = _font()
+  if not font.get_char_index(ord(letter)):
+    return 1.2  # in another font, or the box for a letter that none has
+  font.set_size(100, 72)
+  glyph = font.load_char(ord(letter))
+  return glyph.linearHoriAdvance / 65536 / 100
+
+
+def _width(text: str, size: float) -> float:
+  """Measures a line in inches."""
+  return sum(map(_advance, text)) * size / 72
+
+
+def fold(text: str, inches: float, size: float, lines: int) -> list[str]:
   """Breaks a text to a width, and ends it with an ellipsis if it is longer.
 
   Args:
@@ -81,29 +96,30 @@ def fold(text: str, inches: float, size: float, lines: int) -> str:
     size: of the letters, in points.
     lines: most lines to return.
   """
-  columns = max(4, int(inches * 72 / (0.58 * size)))
+
+  def fits(line):
+    return _width(line, size) <= inches
+
   rows, row = [], ""
   for word in text.split():
     joined = f"{row} {word}" if row else word
-    if _width(joined) <= columns:
+    if fits(joined):
       row = joined
       continue
     if row:
       rows.append(row)
-    while _width(word) > columns:  # no space to break at
-      cut = columns
-      while _width(word[:cut]) > columns:
-        cut -= 1
+    while len(word) > 1 and not fits(word):  # no space to break at
+      cut = next(n for n in range(len(word), 0, -1) if fits(word[:n]) or n < 2)
       rows.append(word[:cut])
       word = word[cut:]
     row = word
   rows.append(row)
   if len(rows) > lines:
     last = rows[lines - 1]
-    while _width(last) > columns - 1:
+    while last and not fits(last + "…"):
       last = last[:-1]
     rows = [*rows[: lines - 1], last.rstrip(" ,.;") + "…"]
-  return "\n".join(rows)
+  return rows
 
 
 class Sheet:
@@ -132,14 +148,15 @@ class Sheet:
     """
     self._width = width + 2 * MARGIN
     lines = fold(explanation, width, BODY, 6)
-    head = 0.5 + 0.21 * (lines.count("\n") + 1) + (0.34 if legend else 0.08)
+    below = 0.34 if legend else 0.08
+    head = 0.45 + len(lines) * _LINE * BODY + below
     self._top = MARGIN + head
     self._height = self._top + height + MARGIN
     self.figure = Figure(
       figsize=(self._width, self._height), dpi=_DPI, facecolor="white"
     )
     self.text(0, -head, title, size=15, weight="bold")
-    self.text(0, 0.42 - head, lines, color=GREY)
+    self.text(0, 0.4 - head, lines, color=GREY)
     at = 0.0
     for color, meaning in legend:
       box = self._box(at, -0.28, 0.16, 0.16)
@@ -147,7 +164,7 @@ class Sheet:
         Rectangle(box[:2], *box[2:], facecolor=color, edgecolor="none")
       )
       self.text(at + 0.22, -0.29, meaning, size=SMALL)
-      at += 0.5 + _width(meaning) * 0.6 * SMALL / 72
+      at += 0.5 + _width(meaning, SMALL)
 
   def _box(self, x, y, width, height):
     """Turns inches into the figure's fractions, counted from below."""
@@ -158,11 +175,13 @@ class Sheet:
       height / self._height,
     )
 
-  def text(self, x: float, y: float, text: str, *, size=BODY, **style) -> None:
-    """Writes with the left upper corner at (x, y)."""
-    left, top, *_ = self._box(x, y, 0, 0)
-    style = {"va": "top", "linespacing": 1.25} | style
-    self.figure.text(left, top, text, fontsize=size, **style)
+  def text(self, x, y, text: str | list[str], *, size=BODY, **style) -> None:
+    """Writes a line, or several, from the left upper corner (x, y)."""
+    for i, line in enumerate([text] if isinstance(text, str) else text):
+      # By the base line: the top would shift with the letters that there are.
+      base = y + size / 72 * 0.95 + i * size * _LINE
+      left, bottom, *_ = self._box(x, base, 0, 0)
+      self.figure.text(left, bottom, line, fontsize=size, **style)
 
   def axes(self, x: float, y: float, width: float, height: float):
     """Returns axes that fill a box."""

@@ -313,7 +313,7 @@ def _captions(examples: _Examples, params: Params) -> Sheet | None:
   shown = _batching.spread(len(examples.records), 8)
   ids = examples.on_images(generator(examples), params, shown)
   annotated = examples.source.annotated
-  side, step, row = 2.1, 2.5, 4.05
+  side, step, row = 2.1, 2.5, 4.25
   sheet = Sheet(
     "Captions: what does the model write about a picture?",
     "Under each picture is the model's caption, written greedily, and in grey "
@@ -337,7 +337,7 @@ def _captions(examples: _Examples, params: Params) -> Sheet | None:
     text = fold(caption or "(nothing)", side + 0.2, BODY, 4)
     sheet.text(x, y + side + 0.28, text)
     given = fold(f"given: {record['captions'][0]}", side + 0.2, SMALL, 4)
-    sheet.text(x, y + side + 1.1, given, size=SMALL, color=GREY)
+    sheet.text(x, y + side + 1.16, given, size=SMALL, color=GREY)
   return sheet
 
 
