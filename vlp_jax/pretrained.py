@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image
 
 from vlp_jax import checkpoint, train_state
 from vlp_jax import config as config_lib
-from vlp_jax.data import pipeline
+from vlp_jax.data import pipeline, transforms
 from vlp_jax.data import tokenizer as tokenizer_lib
 from vlp_jax.errors import UserError
 from vlp_jax.methods import base as methods
@@ -116,6 +117,8 @@ def load(directory: str | os.PathLike) -> Pretrained:
 
 
 def _read(picture: Picture, size: int) -> np.ndarray:
+  if isinstance(picture, np.ndarray):
+    return transforms.ResizeCenterCrop(size)(Image.fromarray(picture))
   if isinstance(picture, (str, os.PathLike)):
     try:
       picture = pathlib.Path(picture).read_bytes()

@@ -132,7 +132,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
       log(pending)  # of the step before: the device is never waited for
       pending = step, values
       due = due_evaluators(config, evaluators, step, total_steps)
-      saving = preemption.requested or is_due(
+      stopping = preemption.requested and step < total_steps
+      saving = stopping or is_due(
         step, config.checkpoint.every_steps, total_steps
       )
       if due or saving:
@@ -146,7 +147,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
       if saving:
         with progress.pause("saving"):
           save(step, results)
-      if preemption.requested and step < total_steps:
+      if stopping:
         checkpoints.wait()
         raise command.Preempted(
           f"preempted: saved step {step} in {workdir}; the same command resumes"
