@@ -33,7 +33,7 @@ def loss_curves(method: Method, path: pathlib.Path) -> Sheet | None:
   panel, gap, top, height = 5.2, 0.9, 0.75, 3.6
   sheet = Sheet(
     "Training: loss and retrieval over the steps",
-    "Left, the loss and its terms, each before its weight; lower is better. "
+    "Left, the loss, and its terms before they are weighted; lower is better. "
     + (
       "Right, how often retrieval finds the right one among the first 1, 5 or "
       "10 on data that it was not trained on; higher is better. Dotted: chance."
@@ -49,7 +49,8 @@ def loss_curves(method: Method, path: pathlib.Path) -> Sheet | None:
   names = [name for name in names if name in curves]
   for name, color in zip(names, LINES * len(names), strict=False):
     _draw(axes, name, curves[name], color, name.removeprefix("train/"))
-  _finish(axes, "loss", columns=3)
+  axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+  _finish(axes, "loss", columns=4)
   if not recalls:
     return sheet
   axes = sheet.axes(panel + gap + 0.5, top, panel - 0.3, height)

@@ -34,7 +34,7 @@ LINES = (
 
 MARGIN = 0.35
 BODY, SMALL = 11, 10
-_LINE = 1.35 / 72  # from line to line, over the size of the letters
+LINE = 1.35 / 72  # from line to line, over the size of the letters
 _DPI = 110
 # After DejaVu Sans, which comes with matplotlib, for what it lacks.
 _MORE_FONTS = (
@@ -149,7 +149,7 @@ class Sheet:
     self._width = width + 2 * MARGIN
     lines = fold(explanation, width, BODY, 6)
     below = 0.34 if legend else 0.08
-    head = 0.45 + len(lines) * _LINE * BODY + below
+    head = 0.45 + len(lines) * LINE * BODY + below
     self._top = MARGIN + head
     self._height = self._top + height + MARGIN
     self.figure = Figure(
@@ -179,7 +179,7 @@ class Sheet:
     """Writes a line, or several, from the left upper corner (x, y)."""
     for i, line in enumerate([text] if isinstance(text, str) else text):
       # By the base line: the top would shift with the letters that there are.
-      base = y + size / 72 * 0.95 + i * size * _LINE
+      base = y + size / 72 * 0.95 + i * size * LINE
       left, bottom, *_ = self._box(x, base, 0, 0)
       self.figure.text(left, bottom, line, fontsize=size, **style)
 

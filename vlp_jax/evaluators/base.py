@@ -298,12 +298,17 @@ def build_all(method: Method, env: Env) -> dict[str, Evaluator]:
   Own data has neither annotated objects nor a split of unseen compositions;
   the evaluators that need them are left out, and a log line says so.
   """
-  evaluators = {}
+  evaluators, left_out = {}, {}
   for name, eval_config in env.config.evals.items():
     try:
       evaluators[name] = build(name, eval_config, method, env)
     except NotApplicableError as error:
-      logging.warning("%s", error)
+      left_out[name] = str(error)
+  if left_out:
+    # One line: nobody who brings data of their own has asked for these.
+    logging.warning("evaluations left out: %s", ", ".join(left_out))
+    for reason in left_out.values():
+      logging.info("%s", reason)
   return evaluators
 
 

@@ -22,6 +22,7 @@ from vlp_jax.evaluators._plots import (
   BODY,
   FALSE,
   GREY,
+  LINE,
   PLAIN,
   RIGHT,
   SMALL,
@@ -254,7 +255,9 @@ def _heatmaps(examples: _Examples, params: Params) -> Sheet | None:
     y, pixels = i * row, examples.image(picture)
     sheet.image(0, y + 0.45, side, pixels)
     for j, (text, box) in enumerate(phrases, 1):
-      sheet.text(j * step, y, fold(text, side, SMALL, 2), size=SMALL)
+      lines = fold(text, side, SMALL, 2)
+      above = y + 0.42 - len(lines) * SMALL * LINE
+      sheet.text(j * step, above, lines, size=SMALL)
       axes = sheet.image(j * step, y + 0.45, side, pixels)
       inside = _draw_heat(axes, next(maps), box)
       if box is not None:
@@ -336,8 +339,9 @@ def _captions(examples: _Examples, params: Params) -> Sheet | None:
     sheet.image(x, y, side, examples.image(i), verdict)
     text = fold(caption or "(nothing)", side + 0.2, BODY, 4)
     sheet.text(x, y + side + 0.28, text)
+    below = y + side + 0.36 + len(text) * BODY * LINE
     given = fold(f"given: {record['captions'][0]}", side + 0.2, SMALL, 4)
-    sheet.text(x, y + side + 1.16, given, size=SMALL, color=GREY)
+    sheet.text(x, below, given, size=SMALL, color=GREY)
   return sheet
 
 
@@ -360,9 +364,10 @@ def _reconstruction(examples: _Examples, params: Params) -> Sheet | None:
   side, step, row = 1.8, 2.05, 2.0
   sheet = Sheet(
     "Reconstruction: can the model draw what is hidden, told the caption?",
-    "Left, what the model sees: the patches that the caption speaks of most "
-    "are hidden (grey). Middle, what it draws in their place, from the other "
-    "patches and the caption; the rest is copied. Right, the original. "
+    "Left, what the model sees: the patches that it finds most like the "
+    "caption are hidden (grey). Middle, what it draws in their place, from "
+    "the other patches and the caption; the rest is copied. Right, the "
+    "original. "
     f"{_target_note(examples.method)}{examples.where}",
     3 * step + 3.2,
     len(shown) * row + 0.3,

@@ -16,6 +16,9 @@ from vlp_jax.errors import UserError
 from vlp_jax.evaluators import base
 from vlp_jax.evaluators.retrieval import rank_all, recall
 
+# What most data sets say, and (by `annotated`) the language of scenes.
+_TEMPLATES = {False: ("a photo of a {}.",), True: ("a {}",)}
+
 
 class Evaluator(base.Evaluator):
   """`top1` and `top1_chance`; ties count as broken at random.
@@ -27,27 +30,29 @@ class Evaluator(base.Evaluator):
 
   Config fields:
     classes: the names, in order; empty means all that occur in the split.
-    templates: prompts with `{}` where the name goes.
+    templates: prompts with `{}` where the name goes; empty means
+      `_TEMPLATES`.
   """
 
   needs = ("encode_image", "encode_text")
   fields = {  # noqa: RUF012
     "classes": (),
-    "templates": ("a photo of a {}.",),
+    "templates": (),
   }
 
   def __init__(self, method, config, env):
     super().__init__(method, config, env)
-    if not config.templates or any("{}" not in t for t in config.templates):
+    self.templates = config.templates or _TEMPLATES[self.source.annotated]
+    if any("{}" not in template for template in self.templates):
       raise UserError(
         "zeroshot's templates must each hold '{}' where the class name goes, "
-        f"but are {tuple(config.templates)}"
+        f"but are {tuple(self.templates)}"
       )
     labels = [_label(record) for record in self.records]
     self._places = [i for i, label in enumerate(labels) if label is not None]
     if not self._places:
       raise base.NotApplicableError(
-        f"zero-shot classification is left out: no record of "
+        "zero-shot classification is left out: no record of "
         f"{self.source.name!r} has a 'label' or 'category'"
       )
     labels = [labels[i] for i in self._places]
@@ -71,19 +76,23 @@ class Evaluator(base.Evaluator):
 
   def class_embeddings(self, params) -> np.ndarray:
     """Embeds the classes, `[C, E]`, L2-normalised."""
-    templates = list(self.config.templates)
-    prompts = [t.replace("{}", c) for c in self.classes for t in templates]
+    prompts = [
+      template.replace("{}", name)
+      for name in self.classes
+      for template in self.templates
+    ]
     text = self.encode_texts(params, prompts)
-    mean = text.reshape(len(self.classes), len(templates), -1).mean(axis=1)
+    mean = text.reshape(len(self.classes), len(self.templates), -1).mean(axis=1)
     norm = np.linalg.norm(mean, axis=1, keepdims=True)
     return mean / np.maximum(norm, 1e-12)
 
   def _find_classes(self, labels) -> list[str]:
     """Lists the classes of the split."""
     if any(isinstance(label, int) for label in labels):
-      raise UserError(
-        f"the labels of {self.source.name!r} are numbers; name the classes, "
-        "in order, in zeroshot's field classes"
+      raise base.NotApplicableError(
+        "zero-shot classification is left out: the labels of "
+        f"{self.source.name!r} are numbers; name the classes, in order, in "
+        "zeroshot's field classes"
       )
     if not self.source.annotated:
       return sorted(set(labels))
@@ -108,6 +117,8 @@ class Evaluator(base.Evaluator):
 def _label(record: dict[str, Any]) -> int | str | None:
   """Returns the class of a record, or None if it has none."""
   label = record.get("label", record.get("category"))
+  if isinstance(label, (list, tuple)):  # a path, outermost first
+    label = label[0] if label else None
   if isinstance(label, bytes):
     return label.decode()
   if label is not None:
