@@ -1,10 +1,14 @@
 """Who may import whom (docs/architecture.md), and what must be documented."""
 
 import ast
+import importlib
 import pathlib
 import re
+import sys
 
 import pytest
+
+from vlp_jax.methods import base as methods
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "vlp_jax"
@@ -33,6 +37,16 @@ ALLOWED = {
 }
 # Commands, and what they are made of, may import everything.
 TOP = {"main", "evaluate", "export", "runs", "pretrained", "__init__"}
+
+
+# And from elsewhere, where that is little.
+_MODELS = {"jax", "numpy", "flax"}
+OUTSIDE = {
+  "ops": {"jax", "numpy"},
+  "losses": {"jax", "numpy"},
+  "models": _MODELS,
+  "methods": _MODELS,
+}
 
 
 def _layer(path: pathlib.Path) -> str:
@@ -75,6 +89,20 @@ def test_imports_go_down(path):
   assert not upwards
 
 
+@pytest.mark.parametrize("layer", OUTSIDE)
+def test_the_inner_layers_need_little(layer):
+  found = set()
+  for path in (PACKAGE / layer).rglob("*.py"):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Import):
+        found |= {alias.name.split(".")[0] for alias in node.names}
+      elif isinstance(node, ast.ImportFrom):
+        found.add(node.module.split(".")[0])
+  known = OUTSIDE[layer] | {"vlp_jax"} | sys.stdlib_module_names
+  assert found <= known
+  assert "jax" in found
+
+
 def test_the_table_can_tell():
   assert not _permits("models", "losses.contrastive")
   assert not _permits("evaluators", "methods.coca")
@@ -103,21 +131,32 @@ def test_what_is_public_is_documented(path):
     assert ast.get_docstring(tree), path
   missing = []
 
-  def visit(node, inside):
+  def visit(node, owner):
     for child in node.body:
       if not isinstance(child, (ast.FunctionDef, ast.ClassDef)):
         continue
       if child.name.startswith("_"):
         continue
-      # What a base class has documented need not be said again.
-      overrides = inside is not None and bool(inside.bases)
-      if not ast.get_docstring(child) and not overrides:
+      if not ast.get_docstring(child) and not _inherits(path, owner, child):
         missing.append(child.name)
       if isinstance(child, ast.ClassDef):
         visit(child, child)
 
   visit(tree, None)
   assert not missing
+
+
+def _inherits(path, owner, child) -> bool:
+  """Tells whether a base class, or the protocol of methods, documents it."""
+  if owner is None:
+    return False
+  name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+  classes = vars(importlib.import_module(name))[owner.name].__mro__[1:]
+  if _layer(path) == "methods":
+    classes += (methods.Method,)
+  return any(
+    vars(c)[child.name].__doc__ for c in classes if child.name in vars(c)
+  )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)

@@ -61,6 +61,7 @@ class Batches(Iterator[Batch]):
     return next(self._iterator)
 
   def close(self) -> None:
+    """Ends the threads and worker processes; a second time does nothing."""
     self._closer()
 
   def __enter__(self) -> Batches:

@@ -1,0 +1,212 @@
+"""Where arrays live: the rules, and every parameter of the b16 configs.
+
+`tests/golden/partition_specs.json` holds the partition of each parameter on a
+mesh of data 2 x fsdp 2 x tensor 2. After a change that is meant, write it
+anew, and read the difference:
+
+  python -m tests.test_sharding
+"""
+
+import functools
+import json
+import math
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tests import toys
+from vlp_jax import config as config_lib
+from vlp_jax import optim, sharding, train_state
+from vlp_jax.methods import base
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "partition_specs.json"
+CONFIGS = ("clip", "coca", "sycoca")
+
+
+def _mesh(*shape):
+  return sharding.make_mesh(shape, jax.devices()[: math.prod(shape)])
+
+
+def _name(path):
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+@functools.cache
+def _b16(name, *overrides):
+  """The abstract state of a whole run."""
+  config = config_lib.load(f"configs/{name}.py:b16", overrides)
+  method = base.get(name, config)
+  optimizer, _ = optim.make_optimizer(config, 100, 10)
+  spec = train_state.batch_spec(config)
+  return jax.eval_shape(
+    lambda: train_state.create(method, optimizer, spec, seed=0, use_ema=True)
+  )
+
+
+def _specs(name):
+  """Path -> partition, as JSON has it, of every parameter."""
+  params = _b16(name).params
+  shardings = sharding.shardings_for(params, _mesh(2, 2, 2))
+  return {
+    _name(path): list(s.spec)
+    for path, s in jax.tree_util.tree_leaves_with_path(shardings)
+  }
+
+
+def test_the_mesh():
+  mesh = _mesh(2, 2, 2)
+  assert mesh.axis_names == ("data", "fsdp", "tensor")
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+  # Neighbours share a model: they talk most.
+  assert [d.id for d in mesh.devices.reshape(-1)] == list(range(8))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_golden(name):
+  golden = json.loads(GOLDEN.read_text())[name]
+  assert _specs(name) == golden, (
+    "if this is meant: python -m tests.test_sharding"
+  )
+
+
+F, T = "fsdp", "tensor"
+LAYERS = "/params/vision/transformer/layers"
+
+
+@pytest.mark.parametrize(
+  "path, shape, expected",
+  [
+    # Stacked layers: the first axis is the layer's.
+    ("self_attention/qkv/kernel", (4, 64, 3, 8, 16), (None, F, None, T, None)),
+    ("cross_attention/kv/kernel", (4, 64, 2, 8, 16), (None, F, None, T, None)),
+    ("cross_attention/q/kernel", (4, 64, 8, 16), (None, F, T, None)),
+    ("self_attention/out/proj/kernel", (4, 8, 16, 64), (None, T, None, F)),
+    ("mlp/up/kernel", (4, 64, 256), (None, F, T)),
+    ("mlp/down/kernel", (4, 256, 64), (None, T, F)),
+    # What does not divide is not split: 3 heads, on 2 devices.
+    ("cross_attention/q/kernel", (4, 64, 3, 128), (None, F, None, None)),
+    # No rule: the largest dimension; never the layers, however many.
+    ("mlp/up/bias", (64, 512), (None, F)),
+    ("mlp/up/bias", (20_000, 3), ()),
+    ("mlp_norm/scale", (32_768, 1), ()),
+    # Small.
+    ("mlp/up/kernel", (2, 64, 64), ()),
+  ],
+)  # fmt: skip
+def test_rules_of_stacks(path, shape, expected):
+  spec = sharding.spec_for(f"{LAYERS}/{path}", shape, _mesh(2, 2, 2))
+  assert spec == P(*expected)
+
+
+@pytest.mark.parametrize(
+  "path, shape, expected",
+  [
+    ("text/embedding/embedding", (512, 64), (T, F)),
+    ("vocabulary/kernel", (64, 512), (F, T)),
+    ("pool/q/kernel", (64, 8, 64), (F, T, None)),
+    ("pool/out/kernel", (8, 64, 64), (T, None, F)),
+    ("pool/query", (64, 512), (None, F)),
+    ("vision/patch/kernel", (16, 16, 3, 64), (None, None, None, F)),
+    ("vision/pos", (257, 64), (None, F)),
+    ("odd", (129, 131), ()),
+    # A moment that is factored has another shape, and finds its own way.
+    ("v_row/vocabulary/kernel", (2**15,), (F,)),
+  ],
+)  # fmt: skip
+def test_other_rules(path, shape, expected):
+  spec = sharding.spec_for(f"/params/{path}", shape, _mesh(2, 2, 2))
+  assert spec == P(*expected)
+
+
+def test_small_means_less_than_min_size():
+  mesh, path = _mesh(2, 2, 2), "/params/vocabulary/kernel"
+  assert sharding.spec_for(path, (64, 254), mesh) == P()
+  assert sharding.spec_for(path, (64, 256), mesh) == P("fsdp", "tensor")
+  assert sharding.MIN_SIZE == 64 * 256
+
+
+def test_without_fsdp_nothing_falls_back_to_it():
+  path = "/params/vision/pos"
+  assert sharding.spec_for(path, (256, 64), _mesh(4, 1, 2)) == P()
+
+
+@pytest.mark.parametrize(
+  "name, optimizer",
+  [("clip", "adamw"), ("sycoca", "adamw"), ("sycoca", "muon")],
+)
+def test_moments_and_averages_follow_their_parameters(name, optimizer):
+  state = _b16(name, f"optimizer.name={optimizer}")
+  shardings = sharding.shardings_for(state, _mesh(2, 2, 2))
+  specs = {
+    (_name(path), leaf.shape): s.spec
+    for (path, leaf), s in zip(
+      jax.tree_util.tree_leaves_with_path(state.params),
+      jax.tree.leaves(shardings.params),
+      strict=True,
+    )
+  }
+  toys.assert_trees_equal(
+    jax.tree.leaves(shardings.params), jax.tree.leaves(shardings.ema_params)
+  )
+  followed = 0
+  for (path, leaf), s in zip(
+    jax.tree_util.tree_leaves_with_path(state.opt_state),
+    jax.tree.leaves(shardings.opt_state),
+    strict=True,
+  ):
+    for (name, shape), spec in specs.items():
+      if _name(path).endswith(f"/{name}") and leaf.shape == shape:
+        assert s.spec == spec, path
+        followed += 1
+  # Two moments each under AdamW; one of matrices under Muon.
+  assert followed >= len(specs) * (2 if optimizer == "adamw" else 1)
+
+
+def test_no_big_parameter_is_copied_to_every_device():
+  """All leaves of a megabyte are split over fsdp."""
+  for name in CONFIGS:
+    specs = _specs(name)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(_b16(name).params):
+      if leaf.size * 4 >= 2**20:
+        assert "fsdp" in specs[_name(path)], path
+
+
+def test_keys_are_everywhere():
+  mesh = _mesh(2, 2, 2)
+  tree = {"key": jax.random.key(0), "step": np.int32(0)}
+  shardings = sharding.shardings_for(tree, mesh)
+  assert shardings == dict.fromkeys(tree, NamedSharding(mesh, P()))
+  jax.device_put(tree, shardings)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_batches_are_split_by_example(shape):
+  mesh = _mesh(*shape)
+  batch = toys.batch(16)
+  put = sharding.put_batch(batch, mesh)
+  rows = 16 // (shape[0] * shape[1])
+  for name, array in put.items():
+    np.testing.assert_array_equal(array, batch[name])
+    for shard in array.addressable_shards:
+      assert shard.data.shape == (rows, *batch[name].shape[1:])
+
+
+def _write():
+  """Writes the golden file: one line a parameter."""
+  blocks = []
+  for name in CONFIGS:
+    lines = [
+      f"  {json.dumps(path)}: {json.dumps(spec)}"
+      for path, spec in sorted(_specs(name).items())
+    ]
+    blocks.append(f' "{name}": {{\n' + ",\n".join(lines) + "\n }")
+  GOLDEN.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
+
+
+if __name__ == "__main__":
+  jax.config.update("jax_num_cpu_devices", 8)
+  _write()

@@ -1,0 +1,345 @@
+"""One update: against plain gradients, on any mesh, in any number of chunks."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tests import toys
+from vlp_jax import optim, sharding, train_state, train_step
+from vlp_jax.methods.base import Coupled, Mean, Output
+from vlp_jax.ops import rng
+
+ONE = (1, 1, 1)
+SIZE = 64  # divides into 8 chunks on 8 devices
+
+
+def _mesh(shape=ONE):
+  devices = jax.devices()[: np.prod(shape)]
+  return sharding.make_mesh(shape, devices)
+
+
+def _batch(size=SIZE, seed=0):
+  batch = toys.batch(size, seed)
+  del batch["index"]  # the step numbers the examples
+  return batch
+
+
+def _start(optimizer, params, ema_params=None, method_state=None):
+  return train_state.TrainState(
+    step=jnp.int32(0),
+    params=params,
+    opt_state=optimizer.init(params),
+    ema_params=ema_params,
+    method_state=method_state or {},
+    key=jax.random.key(0, impl="threefry2x32"),
+  )
+
+
+# --- Every method, every mesh, every number of chunks -----------------------
+
+METHODS = {
+  "clip": ("clip",),
+  "coca": ("coca", "method.caption_chunk=4"),
+  "sycoca": ("sycoca",),
+  "sycoca_tokens_random": (
+    "sycoca",
+    "method.mask_stage=tokens",
+    "method.score=random",
+    "method.decoders=shared",
+  ),
+}
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
+CHUNKS = [1, 2, 8]
+# Compiling takes long. These are run by default, the other combinations by
+# `pytest -m slow`.
+QUICK = {
+  ("clip", (1, 8, 1), 2),
+  ("coca", (2, 2, 2), 1),
+  ("coca", (8, 1, 1), 8),
+  ("sycoca", (2, 2, 2), 8),
+  ("sycoca_tokens_random", (1, 8, 1), 2),
+}
+CASES = [
+  pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+  for case in itertools.product(METHODS, [ONE, *MESHES], CHUNKS)
+  if case[1:] != (ONE, 1)
+]
+
+
+@functools.cache
+def _losses_and_gradients(name, mesh_shape, accumulate):
+  """What the step finds, from the same parameters and the same batch."""
+  method, mesh = toys.method(*METHODS[name]), _mesh(mesh_shape)
+  optimizer = optim.skip_nonfinite(toys.record_gradients())
+  state = _start(optimizer, toys.params(*METHODS[name]))
+  shardings = sharding.shardings_for(state, mesh)
+  step = toys.jit(
+    train_step.make_train_step(
+      method, optimizer, accumulate=accumulate, mesh=mesh, ema_decay=0.0
+    ),
+    out_shardings=(shardings, None),
+  )
+  batch = sharding.put_batch(_batch(), mesh)
+  state, metrics = step(jax.device_put(state, shardings), batch)
+  split = {
+    axis
+    for leaf in jax.tree.leaves(state.opt_state.inner)
+    for axes in leaf.sharding.spec
+    for axis in (axes if isinstance(axes, tuple) else (axes,))
+    if axis and mesh.shape[axis] > 1
+  }
+  return jax.device_get(metrics), jax.device_get(state.opt_state.inner), split
+
+
+@pytest.mark.parametrize("name, mesh, accumulate", CASES, ids=str)
+def test_meshes_and_chunks(name, mesh, accumulate, monkeypatch):
+  # Toys are small: split what would be copied to every device.
+  monkeypatch.setattr(sharding, "MIN_SIZE", 64)
+  expected, expected_gradient, _ = _losses_and_gradients(name, ONE, 1)
+  metrics, gradient, split = _losses_and_gradients(name, mesh, accumulate)
+  sizes = dict(zip(sharding.AXES, mesh, strict=True))
+  assert split == {a for a in ("fsdp", "tensor") if sizes[a] > 1}
+  assert metrics.keys() == expected.keys()
+  for key, value in expected.items():
+    np.testing.assert_allclose(metrics[key], value, rtol=1e-5, err_msg=key)
+  toys.assert_gradients_close(gradient, expected_gradient)
+
+
+def test_chunks_need_less_memory():
+  """Where activations dominate: an eighth of them, and what chunks cost."""
+  method, params = toys.method("clip"), toys.shapes("clip")
+  optimizer = optim.skip_nonfinite(optax.sgd(0.1))
+  spec = train_state.batch_spec(toys.config("clip", "batch_size=512"))
+
+  def size(accumulate):
+    step = train_step.make_train_step(
+      method, optimizer, accumulate=accumulate, mesh=_mesh(), ema_decay=0.0
+    )
+    state = jax.eval_shape(functools.partial(_start, optimizer), params)
+    compiled = toys.jit(step, donate_argnums=0).lower(state, spec).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert size(8) <= size(1) / 4
+
+
+# --- Chunks -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [ONE, (2, 2, 2), (1, 8, 1)])
+def test_split_and_merge(shape):
+  mesh = _mesh(shape)
+  devices, chunks = shape[0] * shape[1], 4
+  x = np.arange(SIZE * 3).reshape(SIZE, 3)
+  put = sharding.put_batch({"x": x}, mesh)["x"]
+  split = jax.jit(lambda x: train_step.split(x, chunks, mesh))
+  pieces = split(put)
+  assert pieces.shape == (chunks, SIZE // chunks, 3)
+  spec = NamedSharding(mesh, P(None, ("data", "fsdp")))
+  assert pieces.sharding.is_equivalent_to(spec, ndim=3)
+  # Of every device's block of rows, each chunk has the next part.
+  rows = np.arange(SIZE).reshape(devices, chunks, -1).swapaxes(0, 1)
+  np.testing.assert_array_equal(pieces, x[rows.reshape(chunks, -1)])
+  merge = jax.jit(lambda x: train_step.merge(x, chunks, mesh))
+  np.testing.assert_array_equal(merge(pieces), x)
+  assert merge(pieces).sharding.is_equivalent_to(put.sharding, ndim=2)
+  for function, argument in ((split, put), (merge, pieces)):
+    text = function.lower(argument).compile().as_text()
+    for word in (
+      "all-gather",
+      "all-to-all",
+      "collective-permute",
+      "all-reduce",
+    ):
+      assert word not in text
+
+
+# --- What the step does beside: a method of a few lines ---------------------
+
+QUEUE = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+  """Weighted tokens, pairs against a queue, a teacher, noise."""
+
+  noise: float = 0.0
+
+  def forward(self, params, batch, ctx):
+    x = jnp.mean(batch["image"], axis=(1, 2)) / 255
+    # Picture 99 breaks the loss.
+    x = jnp.where(batch["image_id"][:, None] == 99, jnp.inf, x)
+    embedding = jnp.tanh(x @ params["w"])
+    values = embedding[:, :1] * batch["text"]
+    weights = jnp.arange(values.shape[1]) < batch["text_len"][:, None]
+    noise = jax.random.normal(ctx.rngs["dropout"], (len(x),))
+    terms = {
+      "token": Mean.of(values, weights.astype(jnp.float32)),
+      "noise": Mean.of(self.noise * noise * params["b"]),
+    }
+    if ctx.ema_params is not None:
+      teacher = jnp.tanh(x @ ctx.ema_params["w"])
+      terms["teacher"] = Mean.of(embedding * teacher)
+    report = {"drawn": Mean.of(noise)}
+    return Output({"embedding": embedding}, terms, report)
+
+  def couple(self, params, shared, batch, ctx):
+    embedding, state = shared["embedding"], ctx.method_state
+    keys = jnp.concatenate([embedding, state["queue"]])
+    loss = jax.nn.logsumexp(params["b"] * embedding @ keys.T, axis=1)
+    new = {"queue": jax.lax.stop_gradient(embedding[:QUEUE])}
+    report = {"order": Mean.of(batch["index"] * embedding[:, 0])}
+    return Coupled({"pair": Mean.of(loss)}, report, new)
+
+  def term_weights(self, step):
+    weights = {"token": 0.1 / (1.0 + step), "pair": 2.0, "noise": 1.0}
+    return weights | {"teacher": 0.5}
+
+  def project(self, params):
+    return params | {"b": jnp.clip(params["b"], 1.4, 2.0)}
+
+
+PARAMS = {
+  "w": np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32),
+  "b": np.float32(1.5),
+}
+DECAY = 0.75
+
+
+@functools.cache
+def _toy(accumulate=1, noise=0.0):
+  optimizer = optim.skip_nonfinite(
+    optax.chain(toys.record_gradients(), optax.sgd(0.1))
+  )
+  step = train_step.make_train_step(
+    Toy(noise), optimizer, accumulate=accumulate, mesh=_mesh(), ema_decay=DECAY
+  )
+  ema_params = jax.tree.map(lambda p: p * np.float32(0.5), PARAMS)
+  queue = {"queue": np.ones((QUEUE, 5), np.float32)}
+  return _start(optimizer, PARAMS, ema_params, queue), toys.jit(step)
+
+
+def _toy_loss(params, ema_params, queue, batch, step):
+  """The Toy's loss in one piece, with a library for derivatives only."""
+  x = jnp.mean(batch["image"], axis=(1, 2)) / 255
+  embedding = jnp.tanh(x @ params["w"])
+  real = np.arange(toys.LENGTH) < batch["text_len"][:, None]
+  token = jnp.sum(embedding[:, :1] * batch["text"] * real) / real.sum()
+  keys = jnp.concatenate([embedding, queue])
+  pair = jnp.mean(
+    jnp.log(jnp.exp(params["b"] * embedding @ keys.T).sum(axis=1))
+  )
+  teacher = jnp.mean(embedding * jnp.tanh(x @ ema_params["w"]))
+  total = 0.1 / (1 + step) * token + 2 * pair + 0.5 * teacher
+  return total, (dict(token=token, pair=pair, teacher=teacher), embedding)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 8])
+def test_updates_by_hand(accumulate):
+  """Three updates: gradient, clamp, average, queue, schedule of weights."""
+  state, step = _toy(accumulate)
+  params, ema, queue = state.params, state.ema_params, np.ones((QUEUE, 5))
+  for i in range(3):
+    batch = _batch(seed=i)
+    (loss, (terms, embedding)), gradient = jax.value_and_grad(
+      _toy_loss, has_aux=True
+    )(params, ema, queue, batch, i)
+    state, metrics = step(state, batch)
+    toys.assert_gradients_close(state.opt_state.inner[0], gradient)
+    params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+    params["b"] = np.clip(params["b"], 1.4, 2)
+    ema = jax.tree.map(lambda e, p: DECAY * e + (1 - DECAY) * p, ema, params)
+    queue = embedding[:QUEUE]
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    close(metrics["loss"], loss)
+    for name, value in terms.items():
+      close(metrics[name], value)
+    close(metrics["order"], np.mean(np.arange(SIZE) * embedding[:, 0]))
+    squares = [np.sum(g * g) for g in jax.tree.leaves(gradient)]
+    close(metrics["grad_norm"], np.sqrt(sum(squares)))
+    jax.tree.map(close, state.params, params)
+    jax.tree.map(close, state.ema_params, ema)
+    close(state.method_state["queue"], queue)
+    assert metrics["skipped"] == 0
+    assert params["b"] == np.float32(1.4)  # it was projected
+    assert all(v.dtype == np.float32 for v in metrics.values())
+  assert state.step == 3
+  assert state.key == jax.random.key(0, impl="threefry2x32")
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_that_are_not_finite_change_nothing(accumulate):
+  state, step = _toy(accumulate)
+  state, _ = step(state, _batch())
+  bad = _batch(seed=1)
+  bad["image_id"][5] = 99
+  for i in (1, 2):
+    after, metrics = step(state, bad)
+    assert not np.isfinite(metrics["grad_norm"])
+    assert metrics["skipped"] == i
+    assert after.step == 1 + i
+    for field in ("params", "ema_params", "method_state"):
+      toys.assert_trees_equal(getattr(after, field), getattr(state, field))
+    toys.assert_trees_equal(after.opt_state.inner, state.opt_state.inner)
+    state = after
+  after, metrics = step(state, _batch(seed=2))
+  assert metrics["skipped"] == 2
+  assert (after.params["w"] != state.params["w"]).any()
+  assert (after.ema_params["w"] != state.ema_params["w"]).any()
+  assert (after.method_state["queue"] != state.method_state["queue"]).any()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_dropout_is_the_same_in_both_passes(accumulate):
+  """Each chunk has its noise, and its gradient is of that noise."""
+  state, step = _toy(accumulate, noise=1.0)
+  for i in range(2):
+    old, (state, metrics) = state, step(state, _batch())
+    key = rng.streams(old.key, np.int32(i))["dropout"]
+    keys = [key]
+    if accumulate > 1:
+      keys = [jax.random.fold_in(key, chunk) for chunk in range(accumulate)]
+    noise = [jax.random.normal(k, (SIZE // accumulate,)) for k in keys]
+    np.testing.assert_allclose(metrics["drawn"], np.mean(noise), rtol=1e-4)
+    queue = old.method_state["queue"]
+    quiet = jax.grad(_toy_loss, has_aux=True)(
+      old.params, old.ema_params, queue, _batch(), i
+    )[0]["b"]
+    gradient = state.opt_state.inner[0]["b"]
+    np.testing.assert_allclose(
+      gradient - quiet, np.mean(noise), rtol=1e-4, atol=1e-5
+    )
+    assert abs(np.mean(noise)) > 1e-3
+
+
+def test_nothing_to_average_is_zero():
+  state, step = _toy()
+  batch = _batch()
+  batch["text_len"][:] = 0
+  state, metrics = step(state, batch)
+  assert metrics["token"] == 0
+  assert np.isfinite(metrics["loss"]) and metrics["skipped"] == 0
+
+
+def test_without_an_average_there_is_none():
+  optimizer = optim.skip_nonfinite(optax.sgd(0.1))
+  step = train_step.make_train_step(
+    _NoTeacher(), optimizer, accumulate=1, mesh=_mesh(), ema_decay=DECAY
+  )
+  queue = {"queue": np.ones((QUEUE, 5), np.float32)}
+  start = _start(optimizer, PARAMS, method_state=queue)
+  state, metrics = toys.jit(step)(start, _batch())
+  assert state.ema_params is None
+  assert "teacher" not in metrics
+
+
+class _NoTeacher(Toy):
+  def term_weights(self, step):
+    return {"token": 0.1, "pair": 2.0, "noise": 1.0}
