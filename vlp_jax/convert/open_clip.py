@@ -17,6 +17,7 @@ of a stack's layers are one array here, and a tensor each there.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -79,6 +80,12 @@ class _Rule(NamedTuple):
       return first
     return (sum(part.theirs[0] for part in self.parts), *first[1:])
 
+  def cut(self, tensor: np.ndarray) -> list[np.ndarray]:
+    if len(self.parts) == 1:
+      return [tensor]
+    ends = np.cumsum([part.theirs[0] for part in self.parts])
+    return np.split(tensor, ends[:-1])
+
 
 def from_open_clip(
   state_dict: Mapping[str, np.ndarray], config: ConfigDict
@@ -97,23 +104,15 @@ def from_open_clip(
     UserError: if the config is of another architecture; if tensors are
       missing, left over, or of another shape than the config says.
   """
-  rest = dict(state_dict)
   rules = _rules(config)
-  _check(
-    "the state dict", {n: r.shape for r in rules for n in r.names}, state_dict
-  )
+  expected = {name: rule.shape for rule in rules for name in rule.names}
+  _check("the state dict", expected, state_dict)
   params = {}
   for rule in rules:
-    layers = [np.asarray(rest.pop(name), np.float32) for name in rule.names]
-    begin = 0
-    for part in rule.parts:
-      if len(rule.parts) > 1:
-        end = begin + part.theirs[0]
-        loaded = [part.load(layer[begin:end]) for layer in layers]
-        begin = end
-      else:
-        loaded = [part.load(layer) for layer in layers]
-      params[part.path] = np.stack(loaded) if rule.depth else loaded[0].copy()
+    layers = [rule.cut(np.array(state_dict[n], np.float32)) for n in rule.names]
+    for i, part in enumerate(rule.parts):
+      loaded = [part.load(layer[i]) for layer in layers]
+      params[part.path] = np.stack(loaded) if rule.depth else loaded[0]
   return traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -143,12 +142,11 @@ def to_open_clip(
   _check("the parameters", expected, arrays)
   state_dict = {}
   for rule in rules:
-    stored = [np.asarray(arrays[p.path], np.float32) for p in rule.parts]
     for layer, name in enumerate(rule.names):
-      parts = [
-        part.store(array[layer] if rule.depth else array)
-        for part, array in zip(rule.parts, stored, strict=True)
-      ]
+      parts = []
+      for part in rule.parts:
+        array = np.asarray(arrays[part.path], np.float32)
+        parts.append(part.store(array[layer] if rule.depth else array))
       whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
       state_dict[name] = np.array(whole, order="C")
   return state_dict
@@ -192,52 +190,40 @@ def _rules(config: ConfigDict) -> _Rules:
   )
   size = vision.patch_size
   patches = (config.data.image_size // size) ** 2
+  v, t, joint = vision.width, text.width, model.embed_dim
+  out = pooler.width if pooler.kind == "openclip" else v
   # OIHW there, HWIO here.
-  kernel = _Part(
-    "kernel",
-    (size, size, 3, vision.width),
-    (vision.width, 3, size, size),
-    (2, 3, 1, 0),
-  )
+  kernel = _Part("kernel", (size, size, 3, v), (v, 3, size, size), (2, 3, 1, 0))
   rules = [
     _same("logit_scale", "temperature/logit_scale", ()),
     *_under("visual.conv1", "vision/patch", [_Rule("weight", (kernel,))]),
-    _same("visual.class_embedding", "vision/cls", (vision.width,)),
+    _same("visual.class_embedding", "vision/cls", (v,)),
     _Rule(
       "visual.positional_embedding",
       (
-        _row("vision/cls_pos", vision.width),
-        _rows("vision/pos", patches, vision.width),
+        _part("vision/cls_pos", (v,), (1, v)),
+        _part("vision/pos", (patches, v)),
       ),
     ),
-    *_under("visual.ln_pre", "vision/norm", _norm(vision.width)),
+    *_under("visual.ln_pre", "vision/norm", _norm(v)),
     *_stack("visual.transformer.resblocks", "vision", vision, _block(vision)),
-    *_under("visual.ln_post", "image_pool/norm", _norm(_pooled(model))),
+    *_under("visual.ln_post", "image_pool/norm", _norm(out)),
+    _same("visual.proj", "image_pool/projection/kernel", (out, joint)),
     _same(
-      "visual.proj",
-      "image_pool/projection/kernel",
-      (_pooled(model), model.embed_dim),
+      "text.token_embedding.weight", "text/embedding/embedding", (vocabulary, t)
     ),
-    _same(
-      "text.token_embedding.weight",
-      "text/embedding/embedding",
-      (vocabulary, text.width),
-    ),
-    _same("text.cls_emb", "text/cls", (text.width,)),
-    # Here [CLS] comes last.
-    _Rule(
+    _same("text.cls_emb", "text/cls", (t,)),
+    _Rule(  # here [CLS] comes last
       "text.positional_embedding",
       (
-        _rows("text/pos", text.max_len, text.width),
-        _row("text/cls_pos", text.width),
+        _part("text/pos", (text.max_len, t)),
+        _part("text/cls_pos", (t,), (1, t)),
       ),
     ),
     *_stack("text.transformer.resblocks", "text", text, _block(text)),
-    *_under("text.ln_final", "text_projection/norm", _norm(text.width)),
+    *_under("text.ln_final", "text_projection/norm", _norm(t)),
     _same(
-      "text.text_projection",
-      "text_projection/projection/kernel",
-      (text.width, model.embed_dim),
+      "text.text_projection", "text_projection/projection/kernel", (t, joint)
     ),
     # Two of open_clip's blocks are one here.
     *_stack(
@@ -249,15 +235,11 @@ def _rules(config: ConfigDict) -> _Rules:
     *_stack(
       "text_decoder.cross_attn", "decoder", decoder, _cross_block(decoder)
     ),
-    *_under("text_decoder.ln_final", "decoder/norm", _norm(decoder.width)),
-    _same(
-      "text_decoder.text_projection",
-      "vocabulary/kernel",
-      (decoder.width, vocabulary),
-    ),
+    *_under("text_decoder.ln_final", "decoder/norm", _norm(t)),
+    _same("text_decoder.text_projection", "vocabulary/kernel", (t, vocabulary)),
   ]
   if pooler.kind == "openclip":
-    pool = _pool(vision.width, pooler)
+    pool = _pool(v, pooler)
     rules += _under("visual.attn_pool", "image_pool/generative", pool)
   return rules
 
@@ -269,41 +251,31 @@ def _check_architecture(config: ConfigDict) -> None:
       f"config.method.name={config.method.name} has no text decoder, which "
       "open_clip's CoCa has"
     )
+
+  def field(name):
+    return functools.reduce(getattr, name.split("."), model)
+
   needed = {
-    "model.activation": ("gelu",),
-    "model.vision.cls_token": (True,),
-    "model.vision.pre_norm": (True,),
-    "model.text.pool": ("cls",),
-    "model.decoder.cross_mlp": (True,),
-    "model.pooler.kind": KINDS,
+    "activation": ("gelu",),
+    "vision.cls_token": (True,),
+    "vision.pre_norm": (True,),
+    "text.pool": ("cls",),
+    "decoder.cross_mlp": (True,),
+    "pooler.kind": KINDS,
   }
   for name, values in needed.items():
-    value = config
-    for field in name.split("."):
-      value = value[field]
-    if value not in values:
+    if field(name) not in values:
       raise UserError(
-        f"open_clip's CoCa has no config.{name}={value}; set it to "
+        f"open_clip's CoCa has no config.model.{name}={field(name)}; set it to "
         f"{' or '.join(map(str, values))}"
       )
-  widths = {
-    "model.text.width": model.text.width,
-    "model.decoder.width": model.decoder.width,
-  }
+  pooled = ("vision.width",)
   if model.pooler.kind == "openclip":
-    widths["model.pooler.width"] = model.pooler.width
-    widths["model.embed_dim"] = model.embed_dim
-  else:
-    widths["model.vision.width"] = model.vision.width
-  if len(set(widths.values())) > 1:
-    text = ", ".join(f"config.{name}={n}" for name, n in widths.items())
+    pooled = ("pooler.width", "embed_dim")
+  names = ("text.width", "decoder.width", *pooled)
+  if len({field(name) for name in names}) > 1:
+    text = ", ".join(f"config.model.{name}={field(name)}" for name in names)
     raise UserError(f"open_clip's CoCa needs equal widths, not {text}")
-
-
-def _pooled(model: ConfigDict) -> int:
-  """Channels of the pooled tokens."""
-  pooler = model.pooler
-  return pooler.width if pooler.kind == "openclip" else model.vision.width
 
 
 def _under(theirs: str, ours: str, rules: Iterable[_Rule]) -> _Rules:
@@ -324,17 +296,14 @@ def _stack(theirs: str, ours: str, tower: ConfigDict, block: _Rules) -> _Rules:
   return [rule._replace(depth=tower.depth) for rule in rules]
 
 
+def _part(path, ours: tuple[int, ...], theirs=None) -> _Part:
+  """A part that is not transposed; `theirs` defaults to `ours`."""
+  theirs = ours if theirs is None else theirs
+  return _Part(path, ours, theirs, tuple(range(len(theirs))))
+
+
 def _same(theirs: str, ours: str, shape: tuple[int, ...]) -> _Rule:
-  part = _Part(ours, shape, shape, tuple(range(len(shape))))
-  return _Rule(theirs, (part,))
-
-
-def _row(path: str, width: int) -> _Part:
-  return _Part(path, (width,), (1, width), (0, 1))
-
-
-def _rows(path: str, count: int, width: int) -> _Part:
-  return _Part(path, (count, width), (count, width), (0, 1))
+  return _Rule(theirs, (_part(ours, shape),))
 
 
 def _norm(width: int) -> _Rules:
@@ -346,7 +315,7 @@ def _linear(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> _Rules:
   shape = (math.prod(outputs), math.prod(inputs))
   return [
     _Rule("weight", (_Part("kernel", inputs + outputs, shape, (1, 0)),)),
-    _Rule("bias", (_Part("bias", outputs, shape[:1], (0,)),)),
+    _Rule("bias", (_part("bias", outputs, shape[:1]),)),
   ]
 
 

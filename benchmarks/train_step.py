@@ -1,0 +1,363 @@
+"""How fast is a train step? CoCa beside open_clip's, and what SyCoCa costs.
+
+  python -m benchmarks.train_step                        about ten minutes
+  python -m benchmarks.train_step --rounds=2 --steps=3   does it run at all
+
+A step is forward, backward, clipping to a norm of 1 and AdamW, in float32, on
+one batch that lies in memory. Sizes are those of `configs/coca.py` (`tiny`).
+The contenders:
+
+  open_clip          its CoCa and losses, eager as it trains by default, with
+                     PyTorch's fused AdamW, on threads for all cores
+  coca_base          ours with the same operations: [CLS], GELU, two MLPs a
+                     decoder layer; a JAX device a core, the batch cut by device
+  coca_base_1device  the same on one device
+  coca               configs/coca.py as it is
+  sycoca_tokens      configs/sycoca.py, mask_stage=tokens
+  sycoca_input       configs/sycoca.py, mask_stage=input
+
+Each has a process of its own, which waits while another one works; they take
+turns, round by round. The table gives medians over rounds. A ratio is taken
+within each round and given as median [least, greatest]. One line of JSON is
+added to `--output`.
+
+open_clip needs the [parity] extra (docs/parity.md); without it its row and
+ratio are left out. A result means something on a machine that does nothing
+else. Run it from the top of the tree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+SAME = (  # as open_clip's `coca_base`
+  "model.activation=gelu",
+  "model.vision.cls_token=true",
+  "model.vision.positions=learned",
+  "model.pooler.kind=cls",
+  "model.decoder.cross_mlp=true",
+)
+# Name: config, overrides, whether there is one device a core.
+OURS = {
+  "coca_base": ("configs/coca.py", SAME, True),
+  "coca_base_1device": ("configs/coca.py", SAME, False),
+  "coca": ("configs/coca.py", (), True),
+  "sycoca_tokens": ("configs/sycoca.py", ("method.mask_stage=tokens",), True),
+  "sycoca_input": ("configs/sycoca.py", ("method.mask_stage=input",), True),
+}
+PEER = "open_clip"
+# Name: numerator and denominator, in seconds a step; what is aimed at.
+RATIOS = {
+  "open_clip / coca_base": (PEER, "coca_base", None),
+  "coca_base_1device / coca_base": ("coca_base_1device", "coca_base", None),
+  "sycoca_tokens / coca": ("sycoca_tokens", "coca", 1.5),
+  "sycoca_input / coca": ("sycoca_input", "coca", 1.7),
+}
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "open_clip_torch")
+RESULTS = pathlib.Path(__file__).with_name("results") / "train_step.jsonl"
+
+
+def main() -> None:
+  options = parse()
+  if options.worker:
+    work(options)
+    return
+  names = [n for n in (PEER, *OURS) if n != PEER or has_peer()]
+  workers, facts = {}, {}
+  try:
+    for name in names:  # one compiles at a time
+      workers[name] = Worker(name)
+      facts[name] = workers[name].read()
+    seconds = {name: [] for name in names}
+    for round_number in range(options.rounds):
+      # The order changes, so that none always follows the same one.
+      for name in names if round_number % 2 == 0 else names[::-1]:
+        time.sleep(0.5)  # let the threads of the last one fall asleep
+        workers[name].ask(options.steps)
+        seconds[name].append(workers[name].read() / options.steps)
+  finally:
+    for worker in workers.values():
+      worker.close()
+  record = summarize(options, facts, seconds)
+  show(record)
+  options.output.parent.mkdir(parents=True, exist_ok=True)
+  with options.output.open("a") as file:
+    file.write(json.dumps(record) + "\n")
+
+
+def parse() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--rounds", type=int, default=9)
+  parser.add_argument("--steps", type=int, default=20, help="a round")
+  parser.add_argument("--batch_size", type=int, default=64)
+  parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
+  parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
+  return parser.parse_args()
+
+
+def has_peer() -> bool:
+  from benchmarks import open_clip_peer
+
+  try:
+    open_clip_peer.load()
+  except ImportError as error:
+    print(f"without open_clip: {error}", file=sys.stderr)
+    return False
+  return True
+
+
+def cores() -> int:
+  return len(os.sched_getaffinity(0))
+
+
+# --- The processes ----------------------------------------------------------
+
+
+class Worker:
+  """One contender: a process that takes numbers of steps, and times them."""
+
+  def __init__(self, name: str):
+    self.process = subprocess.Popen(
+      [sys.executable, "-m", __spec__.name, *sys.argv[1:], f"--worker={name}"],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+      env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+
+  def ask(self, steps: int) -> None:
+    self.process.stdin.write(f"{steps}\n")
+    self.process.stdin.flush()
+
+  def read(self):
+    line = self.process.stdout.readline()
+    if not line:
+      raise SystemExit(f"a process ended: {' '.join(self.process.args)}")
+    return json.loads(line)
+
+  def close(self) -> None:
+    self.process.stdin.close()
+    self.process.wait()
+
+
+def work(options: argparse.Namespace) -> None:
+  """Builds a contender, says what it is, then runs steps as it is asked to."""
+  make = make_peer if options.worker == PEER else make_ours
+  facts, run = make(options)
+  run(3)
+  print(json.dumps(facts), flush=True)
+  for line in sys.stdin:
+    begin = time.perf_counter()
+    run(int(line))
+    print(json.dumps(time.perf_counter() - begin), flush=True)
+
+
+def load_config(name: str, batch_size: int):
+  from vlp_jax import config as config_lib
+
+  file, overrides, _ = OURS[name]
+  common = (f"batch_size={batch_size}", "optimizer.name=adamw")
+  return config_lib.load(file, (*common, *overrides))
+
+
+def make_batch(config) -> dict:
+  """A random batch; captions of scenes fill most of their places."""
+  import numpy as np
+
+  draw = np.random.default_rng(0)
+  size, length = config.data.image_size, config.tokenizer.max_len
+  batch, vocabulary = config.batch_size, config.tokenizer.vocab_size
+  text_len = draw.integers(length // 2, length + 1, batch).astype(np.int32)
+  text = draw.integers(4, vocabulary, (batch, length)).astype(np.int32)
+  text[np.arange(length) >= text_len[:, None]] = 0
+  return dict(
+    image=draw.integers(0, 256, (batch, size, size, 3), dtype=np.uint8),
+    text=text,
+    text_len=text_len,
+    image_id=np.arange(batch, dtype=np.int32),
+  )
+
+
+def make_ours(options: argparse.Namespace):
+  import jax
+
+  devices = cores() if OURS[options.worker][2] else 1
+  jax.config.update("jax_num_cpu_devices", devices)
+
+  from vlp_jax import config as config_lib
+  from vlp_jax import optim, sharding, train_state, train_step
+  from vlp_jax.methods import base
+
+  config = load_config(options.worker, options.batch_size)
+  config_lib.validate(config, devices)
+  method = base.get(config.method.name, config)
+  mesh = sharding.make_mesh(config_lib.mesh_shape(config, devices))
+  optimizer, _ = optim.make_optimizer(config, config.total_steps, 80)
+
+  def create():
+    spec = train_state.batch_spec(config)
+    return train_state.create(method, optimizer, spec, seed=0, use_ema=False)
+
+  shardings = sharding.shardings_for(jax.eval_shape(create), mesh)
+  state = jax.jit(create, out_shardings=shardings)()
+  batch = sharding.put_batch(make_batch(config), mesh)
+  step = train_step.make_train_step(
+    method, optimizer, accumulate=1, mesh=mesh, ema_decay=0.0
+  )
+  compiled = (
+    jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    .lower(state, batch)
+    .compile()
+  )
+
+  def run(steps: int) -> None:
+    nonlocal state
+    for _ in range(steps):
+      state, metrics = compiled(state, batch)
+    jax.block_until_ready((state, metrics))
+
+  flops = compiled.cost_analysis().get("flops", 0) * devices
+  parameters = sum(x.size for x in jax.tree.leaves(state.params))
+  return dict(parameters=parameters, gflop=flops / 1e9), run
+
+
+def make_peer(options: argparse.Namespace):
+  import torch
+
+  from benchmarks import open_clip_peer
+
+  torch.set_num_threads(cores())
+  config = load_config("coca_base", options.batch_size)
+  model = open_clip_peer.build(config).train()
+  weights = config.method
+  loss = open_clip_peer.load().CoCaLoss(
+    caption_loss_weight=weights.caption_weight,
+    clip_loss_weight=weights.itc_weight,
+  )
+  matrices = [p for p in model.parameters() if p.ndim >= 2]
+  others = [p for p in model.parameters() if p.ndim < 2]
+  c = config.optimizer
+  optimizer = torch.optim.AdamW(
+    [
+      dict(params=matrices, weight_decay=c.weight_decay),
+      dict(params=others, weight_decay=0.0),
+    ],
+    lr=c.learning_rate,
+    betas=(c.b1, c.b2),
+    eps=c.eps,
+    fused=True,
+  )
+  batch = make_batch(config)
+  image = open_clip_peer.pixels(batch["image"])
+  text = torch.from_numpy(batch["text"]).long()
+
+  def run(steps: int) -> None:
+    for _ in range(steps):
+      optimizer.zero_grad()
+      sum(loss(**model(image, text))).backward()
+      torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+      optimizer.step()
+      with torch.no_grad():
+        model.logit_scale.clamp_(0, math.log(100))
+
+  parameters = sum(p.numel() for p in model.parameters())
+  return dict(parameters=parameters, gflop=None), run
+
+
+# --- The report -------------------------------------------------------------
+
+
+def summarize(options, facts: dict, seconds: dict) -> dict:
+  """Makes the record that is shown and kept."""
+  rows = {
+    name: dict(
+      facts[name],
+      ms_per_step=1e3 * statistics.median(times),
+      examples_per_s=options.batch_size / statistics.median(times),
+      rounds_ms=[round(1e3 * t, 3) for t in times],
+    )
+    for name, times in seconds.items()
+  }
+  ratios = {}
+  for name, (top, bottom, aim) in RATIOS.items():
+    if top in seconds:
+      pairs = zip(seconds[top], seconds[bottom], strict=True)
+      values = sorted(a / b for a, b in pairs)
+      ratios[name] = dict(
+        median=statistics.median(values),
+        least=values[0],
+        greatest=values[-1],
+        aim=aim,
+      )
+  return dict(
+    benchmark="train_step",
+    time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    command=" ".join(["python -m benchmarks.train_step", *sys.argv[1:]]),
+    machine=machine(),
+    rounds=options.rounds,
+    steps=options.steps,
+    batch_size=options.batch_size,
+    rows=rows,
+    ratios=ratios,
+  )
+
+
+def machine() -> dict:
+  versions = {"python": platform.python_version()}
+  for package in PACKAGES:
+    try:
+      versions[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  cpu = platform.processor() or platform.machine()
+  info = pathlib.Path("/proc/cpuinfo")
+  if info.exists():
+    lines = info.read_text().splitlines()
+    models = [x.split(":")[1].strip() for x in lines if "model name" in x]
+    cpu = models[0] if models else cpu
+  return dict(
+    cpu=cpu, cores=cores(), load=os.getloadavg()[0], versions=versions
+  )
+
+
+def show(record: dict) -> None:
+  where = record["machine"]
+  versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items())
+  print(f"{where['cpu']}, {where['cores']} cores; {versions}")
+  print(
+    f"batch of {record['batch_size']}, {record['rounds']} rounds of "
+    f"{record['steps']} steps\n"
+  )
+  print(
+    f"{'':20}{'parameters':>12}{'GFLOP':>8}{'ms/step':>10}{'examples/s':>12}"
+  )
+  for name, row in record["rows"].items():
+    gflop = f"{row['gflop']:.1f}" if row["gflop"] else "-"
+    print(
+      f"{name:20}{row['parameters']:>12,}{gflop:>8}"
+      f"{row['ms_per_step']:>10.1f}{row['examples_per_s']:>12.0f}"
+    )
+  print("\ntime of a step, by round")
+  for name, ratio in record["ratios"].items():
+    aim = f"   (aim: <= {ratio['aim']})" if ratio["aim"] else ""
+    print(
+      f"{name:32}{ratio['median']:6.2f} "
+      f"[{ratio['least']:.2f}, {ratio['greatest']:.2f}]{aim}"
+    )
+
+
+if __name__ == "__main__":
+  main()

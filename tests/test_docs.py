@@ -1,0 +1,47 @@
+"""README and docs: links lead somewhere, commands are understood."""
+
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from vlp_jax import config as config_lib
+from vlp_jax import evaluate, export
+from vlp_jax.flags import parse_flags
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
+FLAGS = {"evaluate": evaluate.FLAGS, "export": export.FLAGS}
+
+
+def _commands(page: pathlib.Path):
+  """Yields (module, arguments) of every `python -m vlp_jax...` in a page."""
+  text = page.read_text().replace("\\\n", " ")
+  for line in re.findall(r"python -m (vlp_jax\.[^`\n]*)", text):
+    module, *args = shlex.split(line, comments=True)
+    yield module.removeprefix("vlp_jax."), args
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+  for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+    if not link.startswith("http"):
+      assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_are_understood(page):
+  for module, args in _commands(page):
+    if module == "main":
+      config, _ = config_lib.parse_command_line(args, {"workdir": ""}, "")
+      assert config.method.name
+    else:
+      flags, _ = parse_flags(args, FLAGS[module])
+      assert flags["workdir"]
+
+
+def test_the_readme_has_the_commands_that_count():
+  commands = [module for module, _ in _commands(ROOT / "README.md")]
+  assert commands[0] == "main"
+  assert {"evaluate", "export"} <= set(commands)
