@@ -146,13 +146,14 @@ def test_contributions_add_up_to_the_output():
   np.testing.assert_allclose(parts[0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_contributions_to_a_direction():
+def test_patch_parts():
   """What a patch adds: by finite differences of the embedding, in NumPy."""
   params, (_, patches) = _pool("attention")[1], _tokens()
   draw = np.random.default_rng(1)
   direction = draw.normal(size=(B, E)).astype(np.float32)
-  parts = _compiled("attention", "contributions")(params, patches, direction)
-  assert parts.shape == (B, N)
+  parts = _compiled("attention", "patch_parts")(params, patches)
+  assert parts.shape == (B, N, E)
+  parts = np.einsum("bne,be->bn", parts, direction)
   pool = AttentionPool(1, 2, D)
   summands = pool.apply(
     {"params": params["contrastive"]}, patches, method="contributions"

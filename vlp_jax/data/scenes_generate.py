@@ -150,7 +150,8 @@ def _layout(spec: Spec, compositional: bool, dice: Dice) -> list[render.Sprite]:
     for color, shape in dice.shuffled(pairs):
       size = dice.below(2)
       radius = dice.pick(spec.radii[size]) * spec.image_size * 256 // 1024
-      stencil = render.stencil(shape, radius, 5 * dice.below(72))
+      angle = render.UPRIGHT[shape] + 5 * (dice.below(9) - 4)
+      stencil = render.stencil(shape, radius, angle)
       corner = _place(stencil, sprites, spec.image_size, dice)
       if corner is None:
         break

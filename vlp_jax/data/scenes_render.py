@@ -32,6 +32,17 @@ PALETTE = {
 }
 
 
+# The angle of `stencil` at which a shape stands as one would draw it.
+UPRIGHT = {
+  "circle": 0,
+  "ring": 0,
+  "square": 0,
+  "cross": 0,
+  "triangle": 90,
+  "star": 270,
+}
+
+
 def _table(function) -> tuple[int, ...]:
   return tuple(round(function(math.radians(d)) * _ONE) for d in range(360))
 

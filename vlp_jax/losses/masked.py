@@ -21,7 +21,7 @@ def patch_targets(image: jax.Array, patch_size: int, target: str) -> jax.Array:
   Returns:
     float32 `[B, N, patch_size * patch_size * 3]`.
   """
-  pixels = patches_lib.patchify(patches_lib.normalize(image), patch_size)
+  pixels = patches_lib.patch_pixels(image, patch_size)
   if target == "pixels":
     return pixels
   mean = jnp.mean(pixels, axis=-1, keepdims=True)

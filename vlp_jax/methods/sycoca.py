@@ -14,8 +14,10 @@ Map from the paper to code:
   section 4.1, 1 : 2 : 1             `term_weights`
 
 The paper builds on open_clip's CoCa and leaves some things open. What was
-chosen here, each a field: scores are cosines in the joint space, to all of
-the caption's tokens but the start symbol; TG-MIM hides patches before a
+chosen here, each a field: scores are inner products in the joint space of
+what a patch adds to the picture's embedding (without an additive pooler: of
+its own unit embedding) with all of the caption's tokens but the start symbol;
+TG-MIM hides patches before a
 second, short encoder pass (`mask_stage="input"`), or masks the output of the
 only pass (`tokens`, cheaper, but visible tokens have seen the hidden ones);
 targets are normalised pixels, the distance is squared, the decoder reads the
@@ -117,8 +119,9 @@ class SyCoCa(CaptionerMethod):
     tgmim_weight: lambda_TM, of L_TG-MIM; at 0 it is not computed.
     itc_reduction: `mean` or `sum` of the two directions.
     caption_chunk: positions whose logits exist at a time; 0 is all.
-    score: what ranks the patches: `joint` (cosine in the joint space), `raw`
-      (product of the towers' outputs), `random`, or `reverse` of `joint`.
+    score: what ranks the patches: `joint` (see above; `Captioner.patch_parts`),
+      `raw` (product of the towers' outputs), `random`, or `reverse` of
+      `joint`.
     r_h: share of patches, the highest in rank, that TG-MIM hides.
     r_l: share of patches, the lowest in rank, that captioning does not see.
     mask_stage: whether TG-MIM hides patches at the `input` of a second pass
@@ -184,7 +187,7 @@ class SyCoCa(CaptionerMethod):
       scores = relevance(context, tokens, batch["text_len"])
     else:
       scores = relevance(
-        self.apply(params, "patch_embeddings", patches),
+        self.apply(params, "patch_parts", patches),
         self.apply(params, "token_embeddings", tokens),
         batch["text_len"],
       )
@@ -245,7 +248,7 @@ class SyCoCa(CaptionerMethod):
       params, batch, embedded, patches, tokens, order
     )
     size = self.module.vision.patch_size
-    pixels = patches_lib.patchify(patches_lib.normalize(batch["image"]), size)
+    pixels = patches_lib.patch_pixels(batch["image"], size)
     index = order[:, : prediction.shape[1]]
     if self.target == "normalized":
       true = masking.take(pixels, index)

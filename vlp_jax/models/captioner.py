@@ -77,6 +77,16 @@ class DualEncoder(nn.Module):
     """Unit embeddings of single patches `[B, N, E]`; see `ImagePool`."""
     return unit(self.image_pool.patch_embeddings(patches))
 
+  def patch_parts(self, patches: jax.Array) -> jax.Array:
+    """What each patch brings to the joint space, `[B, N, E]`.
+
+    Its part in the picture's embedding where that is a sum over patches, else
+    its own unit embedding.
+    """
+    if self.image_pool.kind == "attention":
+      return self.image_pool.patch_parts(patches)
+    return self.patch_embeddings(patches)
+
   def token_embeddings(self, tokens: jax.Array) -> jax.Array:
     """Unit embeddings of single text tokens `[B, L, E]`."""
     return unit(self.text_projection(tokens))
@@ -86,7 +96,10 @@ class DualEncoder(nn.Module):
   ) -> jax.Array:
     """How much each patch adds to the match of picture and caption `[B, N]`."""
     _, patches = self.see(self.embed_patches(image))
-    return self.image_pool.contributions(patches, self.read(text, text_len)[0])
+    embedding = self.read(text, text_len)[0]
+    return jnp.einsum(
+      "bne,be->bn", self.image_pool.patch_parts(patches), embedding
+    )
 
   def patch_cosines(
     self, image: jax.Array, text: jax.Array, text_len: jax.Array

@@ -178,24 +178,20 @@ class ImagePool(nn.Module):
       patches = self.norm(self.generative.values(patches))
     return self._embed(self.contrastive.values(patches))
 
-  def contributions(
-    self, patches: jax.Array, direction: jax.Array
-  ) -> jax.Array:
-    """How much each patch adds to the embedding along a direction.
+  def patch_parts(self, patches: jax.Array) -> jax.Array:
+    """Splits the picture's embedding into one summand a patch.
 
     The pooled vector is a sum over patches; what follows it is linear but for
-    the norm's one common scale. So the parts are exact up to that factor, and
-    to a constant.
+    the norm's one common scale, which is held at the picture's. So the parts
+    add up to the embedding, up to a constant.
 
     Args:
       patches: `[B, N, D]`, the encoder's output; the kind is `attention`.
-      direction: `[B, E]`, for instance the caption's embedding.
 
     Returns:
-      `[B, N]`, float32.
+      `[B, N, E]`, float32.
     """
     pooled = self.contrastive(patches)[:, 0]
-    _, pull = jax.vjp(lambda x: jnp.sum(self._embed(x) * direction, -1), pooled)
-    (gradient,) = pull(jnp.ones(patches.shape[0], jnp.float32))
+    _, push = jax.linearize(self._embed, pooled)
     parts = self.contrastive.contributions(patches)
-    return jnp.einsum("bnd,bd->bn", parts, gradient).astype(jnp.float32)
+    return jax.vmap(push, in_axes=1, out_axes=1)(parts)

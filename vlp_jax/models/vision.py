@@ -13,6 +13,36 @@ from vlp_jax.ops import patches as patches_lib
 POSITIONS = ("learned", "sincos")
 
 
+class PatchEmbedding(nn.Module):
+  """A bias-free matrix from pixels to channels, the same for every patch.
+
+  It is a convolution whose stride is its size, and its kernel is stored as
+  one; as a product it is faster on a CPU and shares its input with the
+  targets of masked reconstruction.
+
+  Attributes:
+    patch_size: side of a patch, in pixels.
+    width: channels D.
+    dtype: of the matrix product.
+  """
+
+  patch_size: int
+  width: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, pixels: jax.Array) -> jax.Array:
+    """Maps `[B, N, patch_size * patch_size * 3]` to `[B, N, D]`."""
+    fan_in = pixels.shape[-1]
+    kernel = self.param(
+      "kernel",
+      initializers.uniform(fan_in**-0.5),
+      (self.patch_size, self.patch_size, 3, self.width),
+    )
+    kernel = kernel.reshape(fan_in, self.width).astype(self.dtype)
+    return jnp.matmul(pixels.astype(self.dtype), kernel)
+
+
 class VisionTower(nn.Module):
   """A vision transformer (Dosovitskiy et al. 2021), of any resolution.
 
@@ -41,16 +71,7 @@ class VisionTower(nn.Module):
 
   def setup(self):
     width = self.transformer.width
-    fan_in = 3 * self.patch_size**2
-    self.patch = nn.Conv(
-      width,
-      (self.patch_size, self.patch_size),
-      strides=self.patch_size,
-      padding="VALID",
-      use_bias=False,
-      kernel_init=initializers.uniform(fan_in**-0.5),
-      dtype=self.dtype,
-    )
+    self.patch = PatchEmbedding(self.patch_size, width, self.dtype)
     init = initializers.normal(width**-0.5)
     if self.positions == "sincos":
       table = patches_lib.sincos(self.grid, width)
@@ -73,10 +94,10 @@ class VisionTower(nn.Module):
     Returns:
       `[B, N, D]`, row by row.
     """
-    x = self.patch(patches_lib.normalize(image).astype(self.dtype))
-    b, rows, columns, width = x.shape
-    pos = patches_lib.resize_positions(self.pos, self.grid, (rows, columns))
-    return x.reshape(b, rows * columns, width) + pos.astype(self.dtype)
+    pixels = patches_lib.patch_pixels(image, self.patch_size)
+    shape = tuple(side // self.patch_size for side in image.shape[1:3])
+    pos = patches_lib.resize_positions(self.pos, self.grid, shape)
+    return self.patch(pixels) + pos.astype(self.dtype)
 
   def encode(self, tokens: jax.Array) -> tuple[jax.Array | None, jax.Array]:
     """Lets tokens attend to each other.

@@ -14,7 +14,9 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 def normalize(image: jax.Array) -> jax.Array:
   """Maps uint8 pixels `[..., 3]` to float32 with CLIP's mean and deviation."""
-  return (image.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
+  scale = 1 / (255 * np.array(STD))
+  shift = -np.array(MEAN) / np.array(STD)
+  return image.astype(jnp.float32) * jnp.array(scale) + jnp.array(shift)
 
 
 def denormalize(pixels: jax.Array) -> jax.Array:
@@ -28,6 +30,11 @@ def patchify(image: jax.Array, size: int) -> jax.Array:
   b, h, w, c = image.shape
   grid = image.reshape(b, h // size, size, w // size, size, c)
   return grid.swapaxes(2, 3).reshape(b, -1, size * size * c)
+
+
+def patch_pixels(image: jax.Array, size: int) -> jax.Array:
+  """Cuts uint8 `[B, H, W, 3]` into normalised float32 `[B, N, size^2 * 3]`."""
+  return patchify(normalize(image), size)
 
 
 def unpatchify(patches: jax.Array, size: int) -> jax.Array:
