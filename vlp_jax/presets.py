@@ -23,7 +23,7 @@ def tiny(config: ConfigDict) -> None:
   """Minutes on two cores, on the embedded scenes."""
   config.batch_size = 64
   config.total_steps = 2000
-  config.tokenizer.update(vocab_size=128, max_len=28)
+  config.tokenizer.update(vocab_size=192, max_len=28)
   config.model = ConfigDict(
     dict(
       embed_dim=96,
@@ -37,10 +37,11 @@ def tiny(config: ConfigDict) -> None:
         2,
         patch_size=8,
         cls_token=False,
+        stem="hmlp",
         positions="sincos",
         pre_norm=True,
       ),
-      text=tower(96, 1, 2, max_len=28, pool="cls", legacy_cls_mask=False),
+      text=tower(96, 1, 2, max_len=28, pool="eot", legacy_cls_mask=False),
       pooler=dict(kind="attention", width=96, num_queries=0, num_heads=2),
     )
   )
@@ -115,6 +116,7 @@ def at_scale(config: ConfigDict, *, image_size: int, patch_size: int) -> None:
         12,
         patch_size=patch_size,
         cls_token=True,
+        stem="linear",
         positions="learned",
         pre_norm=True,
       ),

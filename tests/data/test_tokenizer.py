@@ -340,3 +340,29 @@ def test_given_model_missing_or_broken(config, tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"none.model: not a SentencePiece"):
       tokenizer_lib.get_tokenizer(config)
+
+
+# --- Few different words ----------------------------------------------------
+
+
+def test_words_of_a_small_language_are_pieces():
+  """No word has a substring in common with another: none is spelt out."""
+  captions = ["a big fox", "two shy pug", "a shy fox"] * 20
+  tokenizer = tokenizer_lib.Tokenizer(tokenizer_lib.train(captions, 64))
+  for caption in captions[:3]:
+    words = [f"▁{word}" for word in caption.split()]
+    assert [piece for piece, _, _ in tokenizer.pieces(caption)] == words
+    assert tokenizer.length(caption) == len(words) + 2
+
+
+def test_cut_captions_are_told(jsonl_config, capsys):
+  source = sources.open_source(jsonl_config.data, "train")
+  tokenizer = tokenizer_lib.get_tokenizer(jsonl_config, source)
+  lengths = [tokenizer.length(caption) for caption in source.captions()]
+  tokenizer_lib.warn_cut(tokenizer, source, max(lengths))
+  assert capsys.readouterr().err == ""
+  tokenizer_lib.warn_cut(tokenizer, source, max(lengths) - 1)
+  cut = lengths.count(max(lengths))
+  message = capsys.readouterr().err
+  assert message.startswith(f"warning: {cut} of the first {len(lengths)} ")
+  assert f"up to {max(lengths)} tokens" in message

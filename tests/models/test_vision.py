@@ -9,7 +9,7 @@ import pytest
 from tests import toys
 from tests.models import reference
 from vlp_jax.models.transformer import Transformer
-from vlp_jax.models.vision import VisionTower
+from vlp_jax.models.vision import HMLPStem, VisionTower
 from vlp_jax.ops import patches as patches_lib
 
 D, SIZE, GRID = 8, 4, (3, 3)
@@ -28,7 +28,14 @@ def _both(tower, image):
 @functools.cache
 def _tower(cls_token=True, pre_norm=True, positions="learned"):
   stack = Transformer(width=D, depth=2, num_heads=2, mlp_ratio=2.0)
-  tower = VisionTower(SIZE, GRID, stack, cls_token, positions, pre_norm)
+  tower = VisionTower(
+    SIZE,
+    GRID,
+    stack,
+    cls_token=cls_token,
+    positions=positions,
+    pre_norm=pre_norm,
+  )
   init = functools.partial(tower.init, method=_both)
   shapes = jax.eval_shape(init, jax.random.key(0), _image())
   params = toys.random_like(shapes["params"])
@@ -76,7 +83,7 @@ def test_another_resolution(rows, columns):
 
 def test_sincos_is_where_learned_positions_start():
   stack = Transformer(width=D, depth=1, num_heads=2)
-  tower = VisionTower(SIZE, GRID, stack, False, "sincos")
+  tower = VisionTower(SIZE, GRID, stack, False, positions="sincos")
   init = toys.jit(functools.partial(tower.init, method="embed"))
   params = init(jax.random.key(0), _image())["params"]
   np.testing.assert_array_equal(params["pos"], patches_lib.sincos(GRID, D))
@@ -91,3 +98,32 @@ def test_patches_may_come_in_any_order_and_number():
   np.testing.assert_allclose(patches_2, patches[:, order], rtol=1e-5, atol=1e-6)
   few, _ = encode(tokens[:, :4])
   assert np.abs(few - cls).max() > 1e-3  # the others did count
+
+
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_hmlp_stem(size):
+  """Against loops over blocks of 4 x 4 pixels, and over the merges of four."""
+  stem = HMLPStem(size, D, "relu2")
+  pixels = np.random.default_rng(0).normal(size=(2, 3, size * size * 3))
+  pixels = pixels.astype(np.float32)
+  shapes = jax.eval_shape(stem.init, jax.random.key(0), pixels)["params"]
+  params = toys.random_like(shapes)
+  out = toys.jit(stem.apply)({"params": params}, pixels)
+  assert out.shape == (2, 3, D)
+  for i, n in np.ndindex(2, 3):
+    x, step = pixels[i, n].reshape(size, size, 3).astype(np.float64), 4
+    for level in range(len(params)):
+      rows = len(x) // step
+      blocks = [
+        [
+          x[r * step : (r + 1) * step, c * step : (c + 1) * step].ravel()
+          for c in range(rows)
+        ]
+        for r in range(rows)
+      ]
+      x = reference.linear(params[f"Dense_{level}"], np.array(blocks))
+      if rows > 1:
+        x = np.maximum(x, 0) ** 2
+      step = 2
+    assert x.shape == (1, 1, D)
+    np.testing.assert_allclose(out[i, n], x[0, 0], rtol=1e-4, atol=1e-5)

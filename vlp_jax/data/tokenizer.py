@@ -3,7 +3,7 @@
 Texts become `[SOT] pieces [EOT] pad pad ...`. Padding is 0 whatever the model,
 since `text_len` says what counts.
 
-A trained model (unigram, lower-cased NFKC) is kept beside the data, under a
+A trained model (byte-pair encoding, lower-cased NFKC) is kept beside the data, under a
 name with the vocabulary's size and a hash of the data and of how it was
 trained, so that changed captions make another. Training is deterministic.
 """
@@ -35,8 +35,11 @@ _MAX_CHARS = 1000  # of a caption, in training
 # From this size on, the 256 byte pieces that spell any rare character are
 # affordable; a smaller vocabulary holds every character of its captions.
 _BYTES_FROM = 1024
+_CHECKED = 2000  # captions whose length is looked at
 _TRAINER = dict(
-  model_type="unigram",
+  # Few different words, as in synthetic captions, become pieces of their own;
+  # unigram would spell those that have no substring in common with another.
+  model_type="bpe",
   normalization_rule_name="nmt_nfkc_cf",
   hard_vocab_limit=False,
   pad_id=PAD,
@@ -99,6 +102,10 @@ class Tokenizer:
     padded = np.full(max_len, PAD, np.int32)
     padded[: len(ids)] = ids
     return padded, len(ids)
+
+  def length(self, text: str) -> int:
+    """Returns the number of ids of a text that is not cut."""
+    return len(self._processor.EncodeAsIds(text)) + 2
 
   def encode_batch(
     self, texts: Sequence[str], max_len: int
@@ -209,6 +216,18 @@ def train(captions: Iterable[str], vocab_size: int) -> bytes:
     f"tokenizer.vocab_size={vocab_size} is too small for captions of "
     f"{characters} different characters; use {2 * characters + 300} or more"
   ) from error
+
+
+def warn_cut(tokenizer: Tokenizer, source: Source, max_len: int) -> None:
+  """Warns if some of the first captions are longer than `max_len` tokens."""
+  first = itertools.islice(source.captions(), _CHECKED)
+  lengths = [tokenizer.length(caption) for caption in first]
+  cut = sum(length > max_len for length in lengths)
+  if cut:
+    warn(
+      f"{cut} of the first {len(lengths)} captions are cut: they have up to "
+      f"{max(lengths)} tokens, and config.tokenizer.max_len is {max_len}"
+    )
 
 
 def write_atomically(path: pathlib.Path, data: bytes) -> None:

@@ -15,7 +15,7 @@ from vlp_jax.models.transformer import (
   REMAT_POLICIES,
   Transformer,
 )
-from vlp_jax.models.vision import POSITIONS, VisionTower
+from vlp_jax.models.vision import POSITIONS, STEMS, VisionTower
 
 
 def check(field: str, value: str, allowed: Sequence[str]) -> None:
@@ -68,6 +68,12 @@ def dual_encoder(config, *, bias: float | None = None, scale: float = 1 / 0.07):
   model, kind = config.model, dtype(config)
   vision, side = model.vision, config.data.image_size // model.vision.patch_size
   check("model.vision.positions", vision.positions, POSITIONS)
+  check("model.vision.stem", vision.stem, STEMS)
+  if vision.stem == "hmlp" and vision.patch_size not in (4, 8, 16, 32):
+    raise UserError(
+      "config.model.vision.stem=hmlp needs config.model.vision.patch_size of "
+      f"4, 8, 16 or 32, not {vision.patch_size}"
+    )
   check("model.text.pool", model.text.pool, POOLS)
   check("model.pooler.kind", model.pooler.kind, KINDS)
   if vision.positions == "sincos" and vision.width % 4:
@@ -91,6 +97,7 @@ def dual_encoder(config, *, bias: float | None = None, scale: float = 1 / 0.07):
       grid=(side, side),
       transformer=transformer(config, vision, scheme="torch"),
       cls_token=vision.cls_token,
+      stem=vision.stem,
       positions=vision.positions,
       pre_norm=vision.pre_norm,
       dtype=kind,

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vlp_jax.models import initializers
-from vlp_jax.models.transformer import Transformer, layer_norm
+from vlp_jax.models.transformer import ACTIVATIONS, Transformer, layer_norm
 from vlp_jax.ops import patches as patches_lib
 
 POSITIONS = ("learned", "sincos")
+STEMS = ("linear", "hmlp")
 
 
-class PatchEmbedding(nn.Module):
+class LinearStem(nn.Module):
   """A bias-free matrix from pixels to channels, the same for every patch.
 
   It is a convolution whose stride is its size, and its kernel is stored as
@@ -43,6 +44,43 @@ class PatchEmbedding(nn.Module):
     return jnp.matmul(pixels.astype(self.dtype), kernel)
 
 
+class HMLPStem(nn.Module):
+  """A small network from pixels to channels, the same for every patch.
+
+  The hierarchical MLP stem of Touvron et al. 2022 ("Three things everyone
+  should know about vision transformers", section 5): blocks of 4 x 4 pixels
+  are embedded, and merged four to one until one is left. Unlike a stem of
+  overlapping convolutions it keeps patches apart, so that a hidden patch
+  stays hidden. Here without batch norm.
+
+  Attributes:
+    patch_size: side of a patch in pixels, 4 times a power of 2.
+    width: channels D; half as many before the last merge.
+    activation: a name in `ACTIVATIONS`.
+    dtype: of the matrix products.
+  """
+
+  patch_size: int
+  width: int
+  activation: str
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, pixels: jax.Array) -> jax.Array:
+    """Maps `[B, N, patch_size * patch_size * 3]` to `[B, N, D]`."""
+    side, size = self.patch_size, 4
+    x = pixels.reshape(-1, side, side, 3)
+    while side > 1:
+      side //= size
+      x = patches_lib.patchify(x, size)
+      width = self.width // 2 if side > 1 else self.width
+      x = nn.Dense(width, dtype=self.dtype)(x)
+      if side > 1:
+        x = ACTIVATIONS[self.activation](x)
+      x, size = x.reshape(-1, side, side, width), 2
+    return x.reshape(*pixels.shape[:2], self.width)
+
+
 class VisionTower(nn.Module):
   """A vision transformer (Dosovitskiy et al. 2021), of any resolution.
 
@@ -56,6 +94,7 @@ class VisionTower(nn.Module):
       pictures of another size get them resized (bicubic).
     transformer: the stack.
     cls_token: whether a learned [CLS] is put first.
+    stem: from a patch's pixels to channels: `linear`, or `hmlp`.
     positions: `learned`, or `sincos` (learned, starting from sine-cosine).
     pre_norm: whether a layer norm precedes the stack, as in CLIP.
     dtype: of the matrix products.
@@ -65,13 +104,19 @@ class VisionTower(nn.Module):
   grid: tuple[int, int]
   transformer: Transformer
   cls_token: bool = True
+  stem: str = "linear"
   positions: str = "learned"
   pre_norm: bool = True
   dtype: Any = jnp.float32
 
   def setup(self):
     width = self.transformer.width
-    self.patch = PatchEmbedding(self.patch_size, width, self.dtype)
+    if self.stem == "linear":
+      self.patch = LinearStem(self.patch_size, width, self.dtype)
+    else:
+      self.patch = HMLPStem(
+        self.patch_size, width, self.transformer.activation, self.dtype
+      )
     init = initializers.normal(width**-0.5)
     if self.positions == "sincos":
       table = patches_lib.sincos(self.grid, width)
