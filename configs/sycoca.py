@@ -38,7 +38,7 @@ def tiny(config):
   presets.tiny(config)
   config.model.decoder = ConfigDict(presets.tower(96, 1, 2, cross_mlp=False))
   config.model.image_decoder = ConfigDict(
-    presets.tower(96, 1, 2, cross_mlp=False)
+    presets.tower(64, 1, 2, cross_mlp=False)
   )
   config.evals = presets.scenes_evals(captions=True)
 

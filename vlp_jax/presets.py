@@ -21,8 +21,9 @@ def tower(width: int, depth: int, num_heads: int, **more) -> dict:
 
 def tiny(config: ConfigDict) -> None:
   """Minutes on two cores, on the embedded scenes."""
-  config.batch_size = 64
-  config.total_steps = 2000
+  # Small batches: in minutes, what counts is the number of updates.
+  config.batch_size = 16
+  config.total_steps = 3000
   config.tokenizer.update(vocab_size=192, max_len=28)
   config.model = ConfigDict(
     dict(
@@ -47,13 +48,13 @@ def tiny(config: ConfigDict) -> None:
   )
   config.optimizer.update(
     name="muon",
-    learning_rate=2e-3,
-    muon_learning_rate=0.016,
+    learning_rate=1e-3,
+    muon_learning_rate=0.004,
     weight_decay=0.05,
   )
-  config.schedule.update(warmup_steps=80, end_factor=0.02)
-  config.checkpoint.update(every_steps=500, best_metric="val/retrieval/i2t_r1")
-  config.log.every_steps = 20
+  config.schedule.update(warmup_steps=100, end_factor=0.02)
+  config.checkpoint.update(every_steps=1000, best_metric="val/retrieval/i2t_r1")
+  config.log.every_steps = 25
   config.evals = scenes_evals(captions=False)
 
 
@@ -75,7 +76,7 @@ def scenes_evals(captions: bool) -> ConfigDict:
   evals = dict(
     # Watched while training; everything is chosen on validation.
     validation=dict(
-      type="retrieval", split="validation", every_steps=500, prefix="val"
+      type="retrieval", split="validation", every_steps=1000, prefix="val"
     )
   )
   kinds = ["retrieval", "zeroshot", "pointing", "binding", "relation"]
