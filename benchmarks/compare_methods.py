@@ -55,6 +55,7 @@ COLUMNS = (
   "eval/retrieval/i2t_r1",
   "eval/retrieval/t2i_r1",
   "eval/retrieval/i2t_r10",
+  "eval/retrieval/t2i_r10",
   "eval/captioning/true",
   "eval/pointing/accuracy",
   "eval/pointing/accuracy_cross_attention",
@@ -153,14 +154,14 @@ def table(output: pathlib.Path, steps: dict[str, int]) -> str:
   ]
   text = ["| row | seeds | steps | " + " | ".join(heads) + " |"]
   text.append("|" + "---|" * (len(heads) + 3))
-  chance = None
+  constants = {}
   for name, _, _, seeds in ROWS:
     results = [
       json.loads((output / f"{slug(name)}_{seed}" / "results.json").read_text())
       for seed in seeds
     ]
     metrics = [result["metrics"] for result in results]
-    chance = chance or metrics[0]
+    constants |= metrics[0]  # chance and baselines: the same in every row
     cells = []
     for column in COLUMNS:
       values = [m[column] for m in metrics if column in m]
@@ -170,11 +171,15 @@ def table(output: pathlib.Path, steps: dict[str, int]) -> str:
       cells.append(cell)
     row = [name, str(len(seeds)), str(steps[name]), *cells]
     text.append("| " + " | ".join(row) + " |")
-  cells = [
-    f"{chance[f'{c}_chance']:.3f}" if f"{c}_chance" in chance else "–"
-    for c in COLUMNS
-  ]
-  text.append("| chance | | | " + " | ".join(cells) + " |")
+  for name, where in (
+    ("bag of attributes", lambda c: (f"{c}_bag", f"{c.rsplit('/', 1)[0]}/bag")),
+    ("chance", lambda c: (f"{c}_chance",)),
+  ):
+    cells = [
+      next((f"{constants[k]:.3f}" for k in where(c) if k in constants), "–")
+      for c in COLUMNS
+    ]
+    text.append(f"| {name} | | | " + " | ".join(cells) + " |")
   return "\n".join(text) + "\n"
 
 
