@@ -71,6 +71,15 @@ def debug(config: ConfigDict) -> None:
     evaluation.every_steps = min(evaluation.every_steps, 4)
 
 
+# The fields that evaluators have beside the common ones, here to be overridden.
+EVAL_FIELDS = {
+  "retrieval": dict(captions="first"),
+  "zeroshot": dict(classes=(), templates=()),
+  "pointing": dict(readout=""),
+  "captioning": dict(max_len=0),
+}
+
+
 def scenes_evals(captions: bool) -> ConfigDict:
   """What is measured on scenes; `captions`: for methods that write them."""
   evals = dict(
@@ -89,7 +98,13 @@ def scenes_evals(captions: bool) -> ConfigDict:
       )
   return ConfigDict(
     {
-      name: dict(fields, batch_size=128, max_examples=0, use_ema=False)
+      name: dict(
+        fields,
+        batch_size=128,
+        max_examples=0,
+        use_ema=False,
+        **EVAL_FIELDS.get(fields["type"], {}),
+      )
       for name, fields in evals.items()
     }
   )
@@ -147,6 +162,7 @@ def at_scale(config: ConfigDict, *, image_size: int, patch_size: int) -> None:
         batch_size=1024,
         max_examples=5000,
         use_ema=False,
+        **EVAL_FIELDS["retrieval"],
       )
     )
   )

@@ -29,24 +29,24 @@ _ROOT = pathlib.Path(__file__).parents[2]
 DICE_BELOW = [448, 430, 419, 277]
 DICE_BYTES = [178, 108, 185, 207, 92]
 EXAMPLES = {
-  "debug": "1bed6262a4c5ce6d",
-  "objects5": "8060b5f2ad953a40",
-  "px128": "91d997269daa3b68",
-  "px64": "1bed6262a4c5ce6d",
-  "px96": "42de5db46a41d5f2",
+  "debug": "e6417a41d825b226",
+  "objects5": "328fd4cdd68428cf",
+  "px128": "d7d411fa9955d81e",
+  "px64": "e6417a41d825b226",
+  "px96": "92779cd091b44be2",
 }
 PICTURES = {
-  "debug": "d149699d1e1f21b0",
-  "objects5": "98b6f53bb71c87f4",
-  "px128": "6c027827dcc24644",
-  "px64": "d149699d1e1f21b0",
-  "px96": "2b75848c7f4d4038",
+  "debug": "32a169e9aa5690e4",
+  "objects5": "64eb8eeae6180b6c",
+  "px128": "2f7c3651f99169d0",
+  "px64": "32a169e9aa5690e4",
+  "px96": "4f44c08387405c89",
 }
 SPLITS = {
-  "comp": "d262144725e19065",
-  "test": "2b28d9e041eead25",
-  "train": "bd2e6c125806717f",
-  "validation": "b3a2b3988032ec52",
+  "comp": "8c68eced2d9ef3ea",
+  "test": "8f13d7a96253dac2",
+  "train": "bd45f8a17d79ed06",
+  "validation": "361835b868f636fc",
 }
 
 

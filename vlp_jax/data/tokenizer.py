@@ -3,8 +3,8 @@
 Texts become `[SOT] pieces [EOT] pad pad ...`. Padding is 0 whatever the model,
 since `text_len` says what counts.
 
-A trained model (byte-pair encoding, lower-cased NFKC) is kept beside the data, under a
-name with the vocabulary's size and a hash of the data and of how it was
+A trained model (byte-pair encoding, lower-cased NFKC) is kept beside the data,
+under a name with the vocabulary's size and a hash of the data and of how it was
 trained, so that changed captions make another. Training is deterministic.
 """
 
