@@ -181,6 +181,7 @@ def _other(name, value):
   """Another value of a field, of the same type."""
   names = {
     "positions": ("learned", "sincos"),
+    "stem": ("linear", "hmlp"),
     "pool": ("cls", "eot"),
     "activation": ("gelu", "relu2"),
     "remat": ("none", "full"),

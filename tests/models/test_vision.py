@@ -127,3 +127,13 @@ def test_hmlp_stem(size):
       step = 2
     assert x.shape == (1, 1, D)
     np.testing.assert_allclose(out[i, n], x[0, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_hmlp_stem_starts_as_flax_has_it():
+  stem = HMLPStem(8, 64, "relu2")
+  params = stem.init(jax.random.key(0), np.zeros((1, 1, 192)))["params"]
+  for layer, fan_in in (("Dense_0", 48), ("Dense_1", 4 * 32)):
+    kernel = np.asarray(params[layer]["kernel"])
+    assert kernel.shape[0] == fan_in and not params[layer]["bias"].any()
+    error = abs(kernel.std() * fan_in**0.5 - 1)
+    assert error < 5 / (2 * kernel.size) ** 0.5
