@@ -149,9 +149,7 @@ def calibrate(output: pathlib.Path, seconds: float) -> dict[str, int]:
 
 def table(output: pathlib.Path, steps: dict[str, int]) -> str:
   """Makes the table in Markdown: a row's mean, and its seeds' spread."""
-  heads = [
-    name.split("/", 1)[0][4:] + name.split("/", 1)[1] for name in COLUMNS
-  ]
+  heads = [name.removeprefix("eval/").removeprefix("eval_") for name in COLUMNS]
   text = ["| row | seeds | steps | " + " | ".join(heads) + " |"]
   text.append("|" + "---|" * (len(heads) + 3))
   constants = {}

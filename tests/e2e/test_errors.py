@@ -16,6 +16,14 @@ def _jsonl(tmp_path, *lines):
   return f"--config.data.source={path}"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _scenes():
+  """So that no command has to say that it makes them."""
+  from vlp_jax.data.builders import scenes
+
+  scenes.ensure_built("scenes/debug")
+
+
 def _cases():
   return {
     "unknown field": ([DEBUG, "--config.batchsize=8"], "batch_size"),
