@@ -159,7 +159,9 @@ def table(output: pathlib.Path, steps: dict[str, int]) -> str:
       for seed in seeds
     ]
     metrics = [result["metrics"] for result in results]
-    constants |= metrics[0]  # chance and baselines: the same in every row
+    # Chance and baselines are the same in every row, but for what captions of
+    # other pictures score: that is the first row's.
+    constants = metrics[0] | constants
     cells = []
     for column in COLUMNS:
       values = [m[column] for m in metrics if column in m]
