@@ -18,7 +18,6 @@ def get_config(size: str = "tiny"):
 def tiny(config):
   presets.tiny(config)
   config.total_steps = 5500  # about the time of SyCoCa's 3000
-  config.model.text.pool = "eot"
 
 
 def debug(config):

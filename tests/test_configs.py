@@ -1,6 +1,7 @@
 """Every config builds, at every size, without an array being made."""
 
 import ast
+import importlib
 import importlib.util
 import math
 import re
@@ -9,8 +10,9 @@ import jax
 import pytest
 
 from vlp_jax import config as config_lib
-from vlp_jax import optim, train_state
+from vlp_jax import optim, presets, train_state
 from vlp_jax.errors import UserError
+from vlp_jax.evaluators import base as evaluators
 from vlp_jax.methods import base
 
 SIZES = {
@@ -175,6 +177,14 @@ OPENCLIP = (
 )
 def test_coca_has_open_clips_parameters(overrides, total):
   assert _count(_params("configs/coca.py:b16", *overrides)) == total
+
+
+def test_presets_know_the_evaluators_fields():
+  """They are written out there, where an evaluator cannot be imported."""
+  for kind in evaluators.available():
+    module = importlib.import_module(f"vlp_jax.evaluators.{kind}")
+    fields = presets.EVAL_FIELDS.get(kind, {})
+    assert fields == module.Evaluator.fields, kind
 
 
 def _other(name, value):

@@ -21,6 +21,16 @@ def make_config(**optimizer):
   return config
 
 
+def make_muon(weight_decay):
+  return make_config(
+    name="muon",
+    learning_rate=0.1,
+    muon_learning_rate=0.3,
+    weight_decay=weight_decay,
+    grad_clip=0.0,
+  )
+
+
 def make_params(seed=0, depth=2):
   """One leaf of each kind that the models have."""
   shapes = {
@@ -218,13 +228,7 @@ def matrices(name, x):
 
 def test_muon_equals_numpy():
   """The first update is that of the gradient, per layer and per q, k, v."""
-  config = make_config(
-    name="muon",
-    learning_rate=0.1,
-    muon_learning_rate=0.3,
-    weight_decay=0.0,
-    grad_clip=0.0,
-  )
+  config = make_muon(weight_decay=0.0)
   params, gradient = make_params(), make_params(1)
   after, _ = run(config, [gradient], params)
   update = jax.tree.map(lambda a, b: a - b, params, after)
@@ -249,13 +253,7 @@ def test_muon_equals_numpy():
 def test_muon_decays_weights():
   off, on = (
     run(
-      make_config(
-        name="muon",
-        learning_rate=0.1,
-        muon_learning_rate=0.3,
-        weight_decay=decay,
-        grad_clip=0.0,
-      ),
+      make_muon(decay),
       [make_params(1)],
       make_params(),
     )[0]
@@ -271,13 +269,7 @@ def test_muon_decays_weights():
 
 def test_a_stack_is_trained_like_its_layers():
   """Under Muon: the others but Adafactor see single numbers only."""
-  config = make_config(
-    name="muon",
-    learning_rate=0.1,
-    muon_learning_rate=0.3,
-    weight_decay=0.5,
-    grad_clip=0.0,
-  )
+  config = make_muon(weight_decay=0.5)
   gradients = [make_params(seed) for seed in (1, 2)]
   stacked, _ = run(config, gradients, make_params())
   for i in range(2):

@@ -54,7 +54,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
   )
   if jax.process_index() == 0:
     config_lib.save(config, workdir / "config.json")
-    (workdir / "tokenizer.model").write_bytes(tokenizer.model)
+    tokenizer_lib.write_atomically(workdir / "tokenizer.model", tokenizer.model)
     tokenizer_lib.warn_cut(tokenizer, source, config.tokenizer.max_len)
 
   def create():

@@ -94,6 +94,7 @@ def test_the_order_of_the_batch_does_not_matter():
     ("model.pooler.kind=cascade", "needs config.model.pooler.num_queries >= 1"),
     ("model.text.pool=last", "text.pool is 'last', not one of cls, eot"),
     ("model.vision.positions=rope", "'rope', not one of learned, sincos"),
+    ("model.vision.patch_size=12", "hmlp needs .* 4, 8, 16 or 32, not 12"),
     ("model.vision.width=18", "sincos positions need .* % 4 == 0"),
     ("model.vision.num_heads=5", "5 heads do not divide a width of 16"),
     ("model.activation=swish", "activation is 'swish', not one of gelu, relu2"),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from vlp_jax.models.dense import DenseGeneral
 from vlp_jax.models.initializers import BlockInit
 from vlp_jax.ops.attention import attend
 
@@ -46,7 +47,7 @@ class SelfAttention(nn.Module):
       `[B, T, D]`, and the cache with this token's keys and values in it.
     """
     width = x.shape[-1]
-    qkv = nn.DenseGeneral(
+    qkv = DenseGeneral(
       (3, self.num_heads, width // self.num_heads),
       kernel_init=self.inits.project(),
       dtype=self.dtype,
@@ -76,13 +77,13 @@ class CrossAttention(nn.Module):
 
   def setup(self):
     heads = (self.num_heads, self.inits.width // self.num_heads)
-    self.q = nn.DenseGeneral(
+    self.q = DenseGeneral(
       heads,
       kernel_init=self.inits.project(),
       dtype=self.dtype,
     )
     # Keys and values are made in one product: both read the same context.
-    self.kv = nn.DenseGeneral(
+    self.kv = DenseGeneral(
       (2, *heads),
       kernel_init=self.inits.project(),
       dtype=self.dtype,
@@ -119,7 +120,7 @@ class Out(nn.Module):
 
   @nn.compact
   def __call__(self, heads: jax.Array) -> jax.Array:
-    return nn.DenseGeneral(
+    return DenseGeneral(
       self.inits.width,
       axis=(-2, -1),
       kernel_init=self.inits.write(heads.shape[-2] * heads.shape[-1]),

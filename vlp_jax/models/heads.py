@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vlp_jax.models import initializers
+from vlp_jax.models.dense import Dense
 from vlp_jax.models.transformer import layer_norm
+from vlp_jax.ops import linear
 
 
 class TextProjection(nn.Module):
@@ -25,7 +27,7 @@ class TextProjection(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps `[..., D]` to `[..., E]`, not yet of unit length."""
     x = layer_norm("norm", self.dtype)(x)
-    return nn.Dense(
+    return Dense(
       self.embed_dim,
       use_bias=False,
       kernel_init=initializers.normal(x.shape[-1] ** -0.5),
@@ -57,7 +59,7 @@ class VocabularyHead(nn.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps `[..., D]` to float32 `[..., V]`."""
-    return jnp.matmul(
+    return linear.matmul(
       x.astype(self.dtype),
       self.kernel.astype(self.dtype),
       preferred_element_type=jnp.float32,
@@ -118,7 +120,7 @@ class PatchDecoderInput(nn.Module):
     Returns:
       `[B, V + K, width]`.
     """
-    x = nn.Dense(
+    x = Dense(
       self.width,
       kernel_init=nn.initializers.xavier_uniform(),
       dtype=self.dtype,
@@ -141,7 +143,7 @@ class PixelHead(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps `[B, K, D]` to `[B, K, patch_size * patch_size * 3]`."""
-    return nn.Dense(
+    return Dense(
       3 * self.patch_size**2,
       kernel_init=nn.initializers.xavier_uniform(),
       name="pixels",

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vlp_jax.models import initializers
+from vlp_jax.models.dense import Dense, DenseGeneral
 from vlp_jax.models.transformer import layer_norm
 from vlp_jax.ops.attention import attend
 
@@ -39,10 +40,10 @@ class AttentionPool(nn.Module):
     )
     self.query_norm = layer_norm(dtype=self.dtype)
     self.token_norm = layer_norm(dtype=self.dtype)
-    self.q = nn.DenseGeneral(heads, kernel_init=xavier, dtype=self.dtype)
-    self.k = nn.DenseGeneral(heads, kernel_init=xavier, dtype=self.dtype)
-    self.v = nn.DenseGeneral(heads, kernel_init=xavier, dtype=self.dtype)
-    self.out = nn.DenseGeneral(
+    self.q = DenseGeneral(heads, kernel_init=xavier, dtype=self.dtype)
+    self.k = DenseGeneral(heads, kernel_init=xavier, dtype=self.dtype)
+    self.v = DenseGeneral(heads, kernel_init=xavier, dtype=self.dtype)
+    self.out = DenseGeneral(
       self.width,
       axis=(-2, -1),
       kernel_init=initializers.uniform(self.width**-0.5),
@@ -119,7 +120,7 @@ class ImagePool(nn.Module):
     if self.kind in ("attention", "parallel", "cascade"):
       self.contrastive = pool(1)
       self.embedding_norm = layer_norm(dtype=self.dtype)
-    self.projection = nn.Dense(
+    self.projection = Dense(
       self.embed_dim,
       use_bias=False,
       kernel_init=initializers.normal(self.width**-0.5),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vlp_jax.models.attention import CrossAttention, KeysValues, SelfAttention
+from vlp_jax.models.dense import Dense
 from vlp_jax.models.initializers import BlockInit
 
 ACTIVATIONS = {
@@ -40,14 +41,14 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     width = x.shape[-1]
-    x = nn.Dense(
+    x = Dense(
       self.hidden,
       kernel_init=self.inits.up(self.hidden),
       bias_init=self.inits.mlp_bias(width),
       dtype=self.dtype,
       name="up",
     )(x)
-    return nn.Dense(
+    return Dense(
       width,
       kernel_init=self.inits.write(self.hidden),
       bias_init=self.inits.mlp_bias(self.hidden),

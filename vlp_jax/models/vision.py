@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vlp_jax.models import initializers
+from vlp_jax.models.dense import Dense
 from vlp_jax.models.transformer import ACTIVATIONS, Transformer, layer_norm
+from vlp_jax.ops import linear
 from vlp_jax.ops import patches as patches_lib
 
 POSITIONS = ("learned", "sincos")
@@ -41,7 +43,7 @@ class LinearStem(nn.Module):
       (self.patch_size, self.patch_size, 3, self.width),
     )
     kernel = kernel.reshape(fan_in, self.width).astype(self.dtype)
-    return jnp.matmul(pixels.astype(self.dtype), kernel)
+    return linear.matmul(pixels.astype(self.dtype), kernel)
 
 
 class HMLPStem(nn.Module):
@@ -68,16 +70,14 @@ class HMLPStem(nn.Module):
   @nn.compact
   def __call__(self, pixels: jax.Array) -> jax.Array:
     """Maps `[B, N, patch_size * patch_size * 3]` to `[B, N, D]`."""
-    side, size = self.patch_size, 4
+    side, half = self.patch_size, self.width // 2
     x = pixels.reshape(-1, side, side, 3)
+    x, side = patches_lib.patchify(x, 4), side // 4
     while side > 1:
-      side //= size
-      x = patches_lib.patchify(x, size)
-      width = self.width // 2 if side > 1 else self.width
-      x = nn.Dense(width, dtype=self.dtype)(x)
-      if side > 1:
-        x = ACTIVATIONS[self.activation](x)
-      x, size = x.reshape(-1, side, side, width), 2
+      x = ACTIVATIONS[self.activation](Dense(half, dtype=self.dtype)(x))
+      x = patches_lib.patchify(x.reshape(-1, side, side, half), 2)
+      side //= 2
+    x = Dense(self.width, dtype=self.dtype)(x)
     return x.reshape(*pixels.shape[:2], self.width)
 
 
