@@ -48,3 +48,12 @@ def lines(workdir: pathlib.Path) -> list[dict]:
     line = json.loads(text)
     kept.append({k: v for k, v in line.items() if not k.startswith("time/")})
   return kept
+
+
+def assert_one_line(status: int, err: str, hint: str) -> None:
+  """Asserts that a command ended as after a mistake of the user's."""
+  assert status == 2, err
+  errors = [line for line in err.splitlines() if line.strip()]
+  assert len(errors) == 1, err
+  assert errors[0].startswith("error: ")
+  assert hint in errors[0]

@@ -48,7 +48,7 @@ def test_one_line_and_status_2(name, tmp_path):
   status, _, err = commands.run(
     "main", *args, f"--workdir={tmp_path / 'run'}", cwd=tmp_path
   )
-  _assert_one_line(status, err, hint)
+  commands.assert_one_line(status, err, hint)
 
 
 def test_a_jsonl_that_is_broken_at_a_line(tmp_path):
@@ -57,7 +57,15 @@ def test_a_jsonl_that_is_broken_at_a_line(tmp_path):
   status, _, err = commands.run(
     "main", DEBUG, source, f"--workdir={tmp_path / 'run'}", cwd=tmp_path
   )
-  _assert_one_line(status, err, "pairs.jsonl:2")
+  commands.assert_one_line(status, err, "pairs.jsonl:2")
+
+
+def test_pictures_that_are_not_there(tmp_path):
+  rows = [json.dumps({"image": f"{i}.png", "caption": "a"}) for i in range(3)]
+  status, _, err = commands.run(
+    "main", DEBUG, _jsonl(tmp_path, *rows), cwd=tmp_path
+  )
+  commands.assert_one_line(status, err, "none of its 3 pictures exists (0.png")
 
 
 def test_a_workdir_of_another_config(tmp_path):
@@ -70,7 +78,7 @@ def test_a_workdir_of_another_config(tmp_path):
   status, _, err = commands.run(
     "main", DEBUG, f"--workdir={workdir}", cwd=tmp_path
   )
-  _assert_one_line(status, err, "seed: 7 -> 0")
+  commands.assert_one_line(status, err, "seed: 7 -> 0")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -80,7 +88,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
   status, _, err = commands.run(
     "main", DEBUG, f"--workdir={blocked / 'run'}", cwd=tmp_path
   )
-  _assert_one_line(status, err, os.fspath(blocked))
+  commands.assert_one_line(status, err, os.fspath(blocked))
 
 
 def test_evaluate_and_export_without_a_run(tmp_path):
@@ -88,12 +96,4 @@ def test_evaluate_and_export_without_a_run(tmp_path):
     status, _, err = commands.run(
       command, f"--workdir={tmp_path}", cwd=tmp_path
     )
-    _assert_one_line(status, err, "config.json")
-
-
-def _assert_one_line(status, err, hint):
-  assert status == 2, err
-  errors = [line for line in err.splitlines() if line.strip()]
-  assert len(errors) == 1, err
-  assert errors[0].startswith("error: ")
-  assert hint in errors[0]
+    commands.assert_one_line(status, err, "config.json")

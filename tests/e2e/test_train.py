@@ -1,5 +1,6 @@
 """Whole runs of every config: what they leave, and that they resume."""
 
+import json
 import re
 import shutil
 import signal
@@ -142,10 +143,19 @@ def test_evaluate_repeats_the_final_numbers(finished, folder):
   )
   assert status == 0, err
   assert "eval/retrieval/i2t_r1" in out
-  import json
-
   values = json.loads((workdir / "evaluation_6.json").read_text())
   assert values == commands.results(workdir)["metrics"]
+
+
+def test_a_checkpoint_of_another_shape(finished, folder):
+  workdir = folder / "wider"
+  shutil.copytree(finished["clip"], workdir)
+  config = json.loads((workdir / "config.json").read_text())
+  config["model"]["embed_dim"] = 64
+  (workdir / "config.json").write_text(json.dumps(config))
+  for command in ("evaluate", "export"):
+    status, _, err = commands.run(command, f"--workdir={workdir}", cwd=folder)
+    commands.assert_one_line(status, err, "(96, 96) float32 -> (96, 64)")
 
 
 def test_an_export_is_usable_from_python(finished, folder):
