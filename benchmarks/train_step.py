@@ -9,6 +9,7 @@ The contenders:
 
   open_clip          its CoCa and losses, eager as it trains by default, with
                      PyTorch's fused AdamW, on threads for all cores
+  open_clip_huge     the same in huge pages of memory, which it does not ask for
   coca_base          ours with the same operations: [CLS], GELU, two MLPs a
                      decoder layer; on one JAX device with threads, the default
   coca_base_devices  the same with a JAX device a core, the batch cut by device
@@ -16,6 +17,7 @@ The contenders:
   sycoca_tokens      configs/sycoca.py, mask_stage=tokens
   sycoca_input       configs/sycoca.py, mask_stage=input
 
+Ours have huge pages, as `vlp_jax.main` sees to (`vlp_jax/huge_pages.py`).
 Each has a process of its own, which waits while another one works; they take
 turns, round by round. The table gives medians over rounds. A ratio is taken
 within each round and given as median [least, greatest]. One line of JSON is
@@ -41,6 +43,8 @@ import subprocess
 import sys
 import time
 
+from vlp_jax import huge_pages
+
 SAME = (  # as open_clip's `coca_base`
   "model.activation=gelu",
   "model.vision.cls_token=true",
@@ -58,10 +62,11 @@ OURS = {
   "sycoca_tokens": ("configs/sycoca.py", ("method.mask_stage=tokens",), False),
   "sycoca_input": ("configs/sycoca.py", ("method.mask_stage=input",), False),
 }
-PEER = "open_clip"
+PEER, PEER_HUGE = PEERS = ("open_clip", "open_clip_huge")
 # Name: numerator and denominator, in seconds a step; what is aimed at.
 RATIOS = {
   "open_clip / coca_base": (PEER, "coca_base", None),
+  "open_clip_huge / coca_base": (PEER_HUGE, "coca_base", None),
   "coca_base_devices / coca_base": ("coca_base_devices", "coca_base", None),
   "sycoca_tokens / coca": ("sycoca_tokens", "coca", 1.5),
   "sycoca_input / coca": ("sycoca_input", "coca", 1.7),
@@ -75,7 +80,7 @@ def main() -> None:
   if options.worker:
     work(options)
     return
-  names = [n for n in (PEER, *OURS) if n != PEER or has_peer()]
+  names = [*(PEERS if has_peer() else ()), *OURS]
   workers, facts = {}, {}
   try:
     for name in names:  # one compiles at a time
@@ -132,12 +137,15 @@ class Worker:
   """One contender: a process that takes numbers of steps, and times them."""
 
   def __init__(self, name: str):
+    environ = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    if name != PEER:
+      environ = huge_pages.environment(environ) or environ
     self.process = subprocess.Popen(
       [sys.executable, "-m", __spec__.name, *sys.argv[1:], f"--worker={name}"],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,
-      env={**os.environ, "JAX_PLATFORMS": "cpu"},
+      env=environ,
     )
 
   def ask(self, steps: int) -> None:
@@ -157,7 +165,7 @@ class Worker:
 
 def work(options: argparse.Namespace) -> None:
   """Builds a contender, says what it is, then runs steps as it is asked to."""
-  make = make_peer if options.worker == PEER else make_ours
+  make = make_peer if options.worker in PEERS else make_ours
   facts, run = make(options)
   run(3)
   print(json.dumps(facts), flush=True)

@@ -29,6 +29,7 @@ ALLOWED = {
   "data": {"ops"},
   "convert": {"ops"},
   **{name: {"ops", *_INFRASTRUCTURE} for name in _INFRASTRUCTURE},
+  "huge_pages": set(),
   "presets": {"config"},
   "evaluators": {_BASE, "data", "metrics"},
   "train_state": {_BASE, "ops", "data", *_INFRASTRUCTURE},

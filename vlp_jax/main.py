@@ -8,6 +8,11 @@
 
 from collections.abc import Sequence
 
+from vlp_jax import huge_pages
+
+if __name__ == "__main__":
+  huge_pages.use()  # before anything is imported, which takes seconds
+
 from vlp_jax import command, train
 from vlp_jax import config as config_lib
 

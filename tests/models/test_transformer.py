@@ -1,6 +1,7 @@
 """The stack: against NumPy, and what must not change what it computes."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from tests import toys
 from tests.models import reference
-from vlp_jax.models.transformer import Transformer
+from vlp_jax.models.transformer import Transformer, gelu
 from vlp_jax.ops import masks
 
 B, T, S, D, DEPTH = 2, 5, 4, 8, 2
@@ -189,3 +190,18 @@ def _equations(jaxpr):
         yield from _equations(value)
       elif hasattr(value, "jaxpr"):
         yield from _equations(value.jaxpr)
+
+
+def test_gelu():
+  x = np.linspace(-12, 12, 2401)
+  cdf = np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in x])
+  slope = cdf + x * np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
+  got, got_slope = jax.vmap(jax.value_and_grad(gelu))(x.astype(np.float32))
+  np.testing.assert_allclose(got, x * cdf, rtol=1e-6, atol=5e-7)
+  np.testing.assert_allclose(got_slope, slope, rtol=1e-6, atol=5e-7)
+  half = jnp.asarray(x, jnp.bfloat16)
+  exact = jax.nn.gelu(half.astype(jnp.float32), approximate=False)
+  assert gelu(half).dtype == jnp.bfloat16
+  np.testing.assert_allclose(
+    gelu(half).astype(np.float32), exact, rtol=2**-8, atol=1e-6
+  )
