@@ -17,7 +17,7 @@ def get_config(size: str = "tiny"):
 
 def tiny(config):
   presets.tiny(config)
-  config.total_steps = 5500  # about the time of SyCoCa's 3000
+  config.total_steps = 2700  # about the time of SyCoCa's 1350
 
 
 def debug(config):
