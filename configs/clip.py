@@ -17,7 +17,7 @@ def get_config(size: str = "tiny"):
 
 def tiny(config):
   presets.tiny(config)
-  config.total_steps = 2700  # about the time of SyCoCa's 1350
+  config.total_steps = 2400  # about the time of SyCoCa's 1200
 
 
 def debug(config):

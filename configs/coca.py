@@ -29,7 +29,7 @@ def get_config(size: str = "tiny"):
 
 def tiny(config):
   presets.tiny(config)
-  config.total_steps = 2000  # about the time of SyCoCa's 1350
+  config.total_steps = 1800  # about the time of SyCoCa's 1200
   config.model.decoder = ConfigDict(presets.tower(96, 1, 2, cross_mlp=False))
   config.evals = presets.scenes_evals(captions=True)
 

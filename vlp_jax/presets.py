@@ -22,7 +22,7 @@ def tower(width: int, depth: int, num_heads: int, **more) -> dict:
 def tiny(config: ConfigDict) -> None:
   """Minutes on two cores, on the embedded scenes."""
   config.batch_size = 64
-  config.total_steps = 1350
+  config.total_steps = 1200
   config.tokenizer.update(vocab_size=192, max_len=28)
   config.model = ConfigDict(
     dict(
