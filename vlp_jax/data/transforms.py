@@ -32,6 +32,10 @@ class UnreadableImage(UserError):
   """Bytes that are no picture, or a damaged one."""
 
 
+class OversizedImage(UnreadableImage):
+  """A decompression bomb: by its header, of over 178 million pixels."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Decode:
   """Encoded bytes to an upright RGB picture, transparency on white.
@@ -50,15 +54,34 @@ class Decode:
     Raises:
       UnreadableImage: whatever the decoder's complaint.
     """
+    image = open_image(data)
     try:
-      image = Image.open(io.BytesIO(data), formats=_FORMATS)
       if self.min_side and image.format in ("JPEG", "MPO"):
         image.draft("RGB", (self.min_side, self.min_side))
       image.load()
       return _to_rgb(_upright(image))
     except Exception as e:  # decoders raise all sorts on damaged files
-      reason = str(e).replace("\n", " ") or type(e).__name__
-      raise UnreadableImage(f"picture cannot be decoded ({reason})") from e
+      raise UnreadableImage(_reason(e)) from e
+
+
+def open_image(data: bytes) -> Image.Image:
+  """Reads a picture's header; its pixels are not decoded yet.
+
+  Raises:
+    OversizedImage: if the header promises too many pixels.
+    UnreadableImage: if the bytes are no picture.
+  """
+  try:
+    return Image.open(io.BytesIO(data), formats=_FORMATS)
+  except Image.DecompressionBombError as e:
+    raise OversizedImage(_reason(e)) from e
+  except Exception as e:  # decoders raise all sorts on damaged files
+    raise UnreadableImage(_reason(e)) from e
+
+
+def _reason(error: Exception) -> str:
+  reason = str(error).replace("\n", " ") or type(error).__name__
+  return f"picture cannot be decoded ({reason})"
 
 
 @dataclasses.dataclass(frozen=True)

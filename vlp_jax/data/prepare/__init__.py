@@ -1,0 +1,1 @@
+"""Turns any source of pictures and captions into a TFDS data set."""
