@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import multiprocessing
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tensorflow_datasets.core import example_serializer, file_adapters
+from tensorflow_datasets.proto import tf_example_pb2
 
 from vlp_jax.data import intake
 from vlp_jax.data.prepare.entries import Tally
@@ -114,7 +116,7 @@ def _write(
     for key, entry in merged(entries.entries(shard), tally):
       try:
         example = features.encode_example(schema.record(entry))
-        data = serializer.serialize_example(example)
+        data = _ordered(serializer.serialize_example(example))
         num_bytes += len(data)
         tally.written += 1
         yield key, data
@@ -123,13 +125,24 @@ def _write(
       count(tally.written + tally.merged + tally.num_skipped)
 
   with Table(table) as entries:
-    file_adapters.ArrayRecordFileAdapter.write_examples(
-      partial, examples(entries)
-    )
+    try:
+      file_adapters.ArrayRecordFileAdapter.write_examples(
+        partial, examples(entries)
+      )
+    except RuntimeError as e:  # what the writer says when a disk is full
+      if "No space left" not in str(e):
+        raise
+      raise OSError(errno.ENOSPC, "no space left", str(folder)) from e
   partial.rename(path)
   written = Written(shard, path, num_bytes, tally)
   _write_note(folder, written)
   return written
+
+
+def _ordered(data: bytes) -> bytes:
+  """Returns an example with its features in order: equal ones, equal bytes."""
+  example = tf_example_pb2.Example.FromString(data)
+  return example.SerializeToString(deterministic=True)
 
 
 def _path(folder: pathlib.Path, shard: Shard) -> pathlib.Path:

@@ -1,0 +1,1 @@
+"""Tests of vlp_jax.data.prepare."""

@@ -1,0 +1,188 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import ImageColor
+
+from tests.data.prepare import toy
+from tests.data.toy import png
+from vlp_jax import config as config_lib
+from vlp_jax.data import sources
+from vlp_jax.errors import UserError
+
+
+@pytest.mark.parametrize("kind", toy.KINDS, ids=lambda kind: kind.__name__)
+def test_every_kind_of_source_makes_the_same_records(kind, tmp_path):
+  folder = toy.prepare(kind(tmp_path / "source"), tmp_path / "data")
+  records = toy.records(folder)
+  found = {r["captions"][0]: r["image"] for r in records.values()}
+  assert found.keys() == set(toy.CAPTIONS.values())
+  for key, color in toy.COLORS.items():
+    image = found[toy.CAPTIONS[key]]
+    assert image.shape == (16, 16, 3)
+    np.testing.assert_array_equal(image[0, 0], ImageColor.getrgb(color))
+  report = toy.report(folder)
+  assert (report["read"], report["written"], report["skipped"]) == (3, 3, {})
+
+
+def test_commands_read_what_was_prepared(tmp_path, monkeypatch):
+  toy.prepare(toy.jsonl(tmp_path / "source"), tmp_path / "data")
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
+  data = config_lib.default_config().data
+  data.name = "toy"
+  source = sources.open_source(data, "train")
+  assert sorted(source.captions()) == sorted(toy.CAPTIONS.values())
+  assert source[0]["image"] in [png(color) for color in toy.COLORS.values()]
+
+
+def test_given_columns_and_fields_that_are_kept(tmp_path):
+  (tmp_path / "x.png").write_bytes(png("red"))
+  (tmp_path / "y.png").write_bytes(png("red"))
+  rows = [
+    {"pic": "x.png", "alt": ["one", " one ", "two"], "nr": 7, "n": 1, "f": 1}
+    | {"tags": ["p", "q"], "box": {"w": 2}, "s": "word", "image": 3},
+    {"pic": "y.png", "alt": "three", "nr": 8, "f": 0.5, "box": [1], "image": 4},
+  ]
+  path = tmp_path / "pairs.jsonl"
+  path.write_text("\n".join(map(json.dumps, rows)))
+  folder = toy.prepare(
+    path,
+    tmp_path / "data",
+    "--image_column=pic",
+    "--caption_column=alt",
+    "--id_column=nr",
+    "--keep=n,f,tags,box,s",
+  )
+  records = toy.records(folder)
+  assert records["7"]["captions"] == ["one", "two"]
+  kept = {k: records["7"][k] for k in ("n", "f", "tags", "box", "s")}
+  assert kept["n"] == 1 and kept["f"] == 1.0 and kept["s"] == b"word"
+  assert list(kept["tags"]) == [b"p", b"q"]
+  assert json.loads(kept["box"]) == {"w": 2}
+  lacking = records["8"]
+  assert lacking["n"] == -1 and lacking["s"] == b"" and not len(lacking["tags"])
+
+
+def test_rows_of_one_picture_are_one_record(tmp_path):
+  (tmp_path / "x.png").write_bytes(png("red"))
+  (tmp_path / "y.png").write_bytes(png("lime"))
+  path = tmp_path / "pairs.csv"
+  path.write_text("filepath,title\nx.png,one\ny.png,two\nx.png,three\n")
+  folder = toy.prepare(path, tmp_path / "data")
+  records = toy.records(folder)
+  assert records["x.png"]["captions"] == ["one", "three"]
+  report = toy.report(folder)
+  assert (report["read"], report["written"], report["merged"]) == (3, 2, 1)
+
+
+def test_a_csv_cell_may_hold_a_list(tmp_path):
+  (tmp_path / "x.png").write_bytes(png("red"))
+  path = tmp_path / "pairs.csv"
+  path.write_text('image,captions\nx.png,"[""one"", ""two""]"\n')
+  records = toy.records(toy.prepare(path, tmp_path / "data"))
+  assert records["x.png"]["captions"] == ["one", "two"]
+
+
+def test_splits_from_a_field(tmp_path):
+  path = toy.jsonl(tmp_path / "s")
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  for row, split in zip(rows, ("train", "val", "test"), strict=True):
+    row["part"] = split
+  path.write_text("\n".join(map(json.dumps, rows)))
+  folder = toy.prepare(path, tmp_path / "data", "--splits=part", split="")
+  names = {split: list(toy.records(folder, split)) for split in _SPLITS}
+  assert names == {
+    s: [f"images/{k}.png"] for s, k in zip(_SPLITS, "abc", strict=True)
+  }
+
+
+_SPLITS = ("train", "validation", "test")
+
+
+def test_splits_from_separate_sources(tmp_path):
+  a, b = toy.tars(tmp_path / "a"), toy.folder_of_texts(tmp_path / "b")
+  folder = toy.prepare(f"train={a},val={b}", tmp_path / "data", split="")
+  assert set(toy.records(folder, "train")) == {"a", "b", "c"}
+  assert set(toy.records(folder, "validation")) == {"a.png", "b.png", "c.png"}
+
+
+def test_drawn_splits_stay_when_rows_are_added(tmp_path):
+  picture = png("red")
+
+  def make(name, numbers):
+    root = tmp_path / name
+    root.mkdir()
+    for i in numbers:
+      (root / f"{i}.png").write_bytes(picture)
+      (root / f"{i}.txt").write_text("red")
+    return toy.prepare(
+      root, tmp_path / f"{name}_data", split="train:0.6,test:0.4"
+    )
+
+  few, many = make("few", range(0, 60, 2)), make("many", range(60))
+  for split, share in (("train", 0.6), ("test", 0.4)):
+    small, large = set(toy.records(few, split)), set(toy.records(many, split))
+    assert small < large
+    assert abs(len(large) - 60 * share) < 12
+
+
+@pytest.mark.parametrize(
+  ("source", "hint"),
+  [
+    ("", "--source=PATH is missing"),
+    ("nowhere", "no such file or folder"),
+    ("no*.tar", "no such file or folder"),
+    ("x/{00..03}.tar", "3 of 4 files do not exist, the first of them x/01.tar"),
+    ("x/notes.doc", "not a list or tar"),
+    ("empty", "is empty"),
+    ("x/empty.jsonl", "no column for the image"),
+    ("x/broken.jsonl", "broken.jsonl:2: not valid JSON"),
+    ("x/number.jsonl", "number.jsonl:1: not a JSON object"),
+    ("x/columns.csv", "no column for the caption; its columns are image, size"),
+    ("x/ragged.csv", "ragged.csv:3: 3 cells"),
+    ("x/urls.csv", "img2dataset --url_list="),
+    ("x/false.parquet", "not a Parquet file"),
+  ],
+)
+def test_what_stops_at_once(source, hint, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "empty").mkdir()
+  root = tmp_path / "x"
+  root.mkdir()
+  toy.write_tar(root / "00.tar", "a")
+  (root / "notes.doc").write_text("-")
+  (root / "empty.jsonl").write_text("")
+  good = '{"image": "a.png", "caption": "a"}\n'
+  (root / "broken.jsonl").write_text(good + '{"image": "b.png", "capt')
+  (root / "number.jsonl").write_text("3\n")
+  (root / "columns.csv").write_text("image,size\na.png,3\n")
+  (root / "ragged.csv").write_text("image,text\na.png,a\nb.png,b, or c\n")
+  (root / "urls.csv").write_text("url,TEXT\nhttps://x.org/a.jpg,a\n")
+  (root / "false.parquet").write_bytes(b"PAR1 and no more")
+  with pytest.raises(UserError) as error:
+    toy.prepare(source, tmp_path / "data")
+  assert hint in str(error.value) and "\n" not in str(error.value)
+  assert not (tmp_path / "data" / "toy" / "1.0.0").exists()
+
+
+@pytest.mark.parametrize(
+  ("flag", "hint"),
+  [
+    ("--name=My-Data", "small letters"),
+    ("--name=scenes", "embedded"),
+    ("--splits=train:0.9,test:0.2", "add up to 1"),
+    ("--splits=part", "no column 'part'; its columns are file_name, text"),
+    ("--keep=part", "no column 'part'"),
+    ("--keep=captions", "have a field of this name"),
+    ("--image_column=x", "no column 'x'"),
+    ("--max_bad=lots", "a share"),
+    ("--min_side=0", "at least 1"),
+    ("--image_size=-1", "negative"),
+    ("--sauce=x", "--source"),
+    ("--config.seed=1", "no --config"),
+  ],
+)
+def test_unfit_flags(flag, hint, tmp_path):
+  source = toy.jsonl(tmp_path / "source")
+  with pytest.raises(UserError, match=hint.replace("(", r"\(")):
+    toy.prepare(source, tmp_path / "data", flag, split="")
