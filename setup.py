@@ -4,6 +4,8 @@ import pathlib
 
 from setuptools import find_packages, setup
 
+_BEAM = "apache-beam>=2.65"
+
 setup(
   name="vlp_jax",
   version="0.1.0",
@@ -30,13 +32,15 @@ setup(
     "optax>=0.2.6",
     "orbax-checkpoint>=0.11.30",
     "pillow>=11.0",
+    "pyarrow>=16.0",
     "rich>=13.7",
     "sentencepiece>=0.2.0",
     "tensorboardX>=2.6.2",
     "tensorflow-datasets>=4.9.9",
   ],
   extras_require={
-    "test": ["pytest>=8.0", "ruff>=0.8"],
+    "test": ["pytest>=8.0", "ruff>=0.8", _BEAM],
+    "beam": [_BEAM],
     "parity": ["torch>=2.6", "open_clip_torch>=3.3,<4", "timm>=1.0"],
     "eval": ["pycocoevalcap>=1.2"],
     "cuda": ["jax[cuda12]>=0.10.2"],

@@ -38,7 +38,7 @@ from vlp_jax import command, flags
 from vlp_jax.data.prepare import run
 from vlp_jax.errors import UserError
 
-_FLAGS = {
+FLAGS = {
   "source": "",
   "name": "",
   "data_dir": "",
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
   if {"-h", "--help"} & set(argv):
     print(__doc__.strip())
     sys.exit(0)
-  values, overrides = flags.parse_flags(argv, _FLAGS)
+  values, overrides = flags.parse_flags(argv, FLAGS)
   if overrides:
     raise UserError("this command takes no --config; see --help")
   values["max_bad"] = _share(values["max_bad"])

@@ -12,6 +12,8 @@ from typing import Any
 from vlp_jax.data.prepare.entries import Tally
 from vlp_jax.errors import UserError
 
+NAME = "prepare_report.json"
+
 _LEADING = 3  # reasons that an error names
 _TERMINAL_SECONDS, _LOG_SECONDS = 0.2, 10.0
 

@@ -16,7 +16,7 @@ import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -32,6 +32,7 @@ from vlp_jax.data.sources import data_dir
 from vlp_jax.errors import UserError
 
 VERSION = "1.0.0"
+TABLE = "table.sqlite"  # of the entries, in the scratch folder
 _MOST_SHARDS = 1024  # of a split
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _RESERVED = {"image", "captions", "image_id"}
@@ -110,12 +111,21 @@ class Options:
       )
     return Splits(tuple(shares.items()))
 
+  @property
+  def description(self) -> str:
+    return f"Pictures and captions from {self.source}."
+
   def schema(self, kinds: dict[str, str]) -> Schema:
     return Schema(self.min_side, self.image_size, kinds)
 
 
-def prepare(options: Options) -> None:
+def prepare(options: Options, write: Write | None = None) -> None:
   """Makes the data set, and prints what became of the source.
+
+  Args:
+    options: what to make.
+    write: makes it of the plan and the scratch folder; else this machine
+      does, with `write_here`.
 
   Raises:
     UserError: if the source or an option is unfit, or too much was skipped.
@@ -131,21 +141,27 @@ def prepare(options: Options) -> None:
   with _locked(scratch):
     _forget_others(scratch, _fingerprint(options, parts))
     plan = _read_plan(scratch) or _list(options, parts, scratch)
-    total, written = plan.tally.copy(), []
-    report.check(total, options.max_bad)
-    for shard in _write(options, plan, scratch):
-      total.add(shard.tally)
-      report.check(total, options.max_bad)
-      written.append(shard)
-    complete = scratch / "complete"
-    describe(options, plan, written, complete)
-    report.write(complete / "prepare_report.json", options, total)
-    if final.exists():
-      shutil.rmtree(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    complete.rename(final)
+    report.check(plan.tally, options.max_bad)
+    total = (write or write_here)(options, plan, scratch)
     shutil.rmtree(scratch)
   report.show(options, final, total)
+
+
+def write_here(options: Options, plan: Plan, scratch: pathlib.Path) -> Tally:
+  """Makes the data set with this machine's processes."""
+  total, written = plan.tally.copy(), []
+  for shard in _write(options, plan, scratch):
+    total.add(shard.tally)
+    report.check(total, options.max_bad)
+    written.append(shard)
+  complete = scratch / "complete"
+  describe(options, plan, written, complete)
+  report.write(complete / report.NAME, options, total)
+  if options.folder.exists():
+    shutil.rmtree(options.folder)
+  options.folder.parent.mkdir(parents=True, exist_ok=True)
+  complete.rename(options.folder)
+  return total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +179,10 @@ class Plan:
   shards: tuple[Shard, ...]
 
 
+# Makes the data set of a plan; returns what became of the source.
+Write = Callable[[Options, Plan, pathlib.Path], Tally]
+
+
 def _list(
   options: Options, parts: Sequence[sources.Part], scratch: pathlib.Path
 ) -> Plan:
@@ -178,10 +198,10 @@ def _list(
         yield entry
 
   with report.Progress("listing") as progress:
-    Table.write(scratch / "table.sqlite", entries(progress), options.fractions)
+    Table.write(scratch / TABLE, entries(progress), options.fractions)
   if tally.read == tally.num_skipped:
     raise UserError(report.nothing(options.source, tally))
-  with Table(scratch / "table.sqlite") as table:
+  with Table(scratch / TABLE) as table:
     found = table.shards(options.records_per_shard, _MOST_SHARDS)
   plan = Plan(tally, kinds.found(), tuple(found))
   partial = scratch / "plan.partial"
@@ -210,7 +230,7 @@ def _write(
   with report.Progress("reading pictures", rows) as progress:
     yield from shards.write_all(
       plan.shards,
-      scratch / "table.sqlite",
+      scratch / TABLE,
       scratch,
       options.schema(plan.kinds),
       options.num_workers or _cores(),
@@ -255,7 +275,7 @@ def describe(
     version=VERSION,
     filename_template=template,
     check_data=False,
-    description=f"Pictures and captions from {options.source}.",
+    description=options.description,
   )
 
 

@@ -111,32 +111,47 @@ def _write(
   partial = path.with_suffix(".partial")
   num_bytes = 0
 
-  def examples(entries: Table) -> Iterator[tuple[int, bytes]]:
+  def serialized() -> Iterator[tuple[int, bytes]]:
     nonlocal num_bytes
-    for key, entry in merged(entries.entries(shard), tally):
-      try:
-        example = features.encode_example(schema.record(entry))
-        data = _ordered(serializer.serialize_example(example))
-        num_bytes += len(data)
-        tally.written += 1
-        yield key, data
-      except intake.Rejected as e:
-        tally.skip(entry.name, e.reason)
+    for key, record in examples(shard, table, schema, tally):
+      example = features.encode_example(record)
+      data = _ordered(serializer.serialize_example(example))
+      num_bytes += len(data)
+      yield key, data
       count(tally.written + tally.merged + tally.num_skipped)
 
-  with Table(table) as entries:
-    try:
-      file_adapters.ArrayRecordFileAdapter.write_examples(
-        partial, examples(entries)
-      )
-    except RuntimeError as e:  # what the writer says when a disk is full
-      if "No space left" not in str(e):
-        raise
-      raise OSError(errno.ENOSPC, "no space left", str(folder)) from e
+  try:
+    file_adapters.ArrayRecordFileAdapter.write_examples(partial, serialized())
+  except RuntimeError as e:  # what the writer says when a disk is full
+    if "No space left" not in str(e):
+      raise
+    raise OSError(errno.ENOSPC, "no space left", str(folder)) from e
   partial.rename(path)
   written = Written(shard, path, num_bytes, tally)
   _write_note(folder, written)
   return written
+
+
+def examples(
+  shard: Shard, table: pathlib.Path, schema: Schema, tally: Tally
+) -> Iterator[tuple[int, dict[str, Any]]]:
+  """Yields (hash, record) of a shard's entries that can be used.
+
+  Args:
+    shard: which.
+    table: file of the entries.
+    schema: of the records.
+    tally: counts what is written, merged and skipped.
+  """
+  with Table(table) as entries:
+    for key, entry in merged(entries.entries(shard), tally):
+      try:
+        record = schema.record(entry)
+      except intake.Rejected as e:
+        tally.skip(entry.name, e.reason)
+      else:
+        tally.written += 1
+        yield key, record
 
 
 def _ordered(data: bytes) -> bytes:
