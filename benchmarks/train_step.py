@@ -31,18 +31,13 @@ else. Run it from the top of the tree.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import json
 import math
 import os
 import pathlib
-import platform
 import statistics
-import subprocess
 import sys
-import time
 
+from benchmarks import rounds
 from vlp_jax import huge_pages
 
 SAME = (  # as open_clip's `coca_base`
@@ -65,42 +60,36 @@ OURS = {
 PEER, PEER_HUGE = PEERS = ("open_clip", "open_clip_huge")
 # Name: numerator and denominator, in seconds a step; what is aimed at.
 RATIOS = {
-  "open_clip / coca_base": (PEER, "coca_base", None),
-  "open_clip_huge / coca_base": (PEER_HUGE, "coca_base", None),
-  "coca_base_devices / coca_base": ("coca_base_devices", "coca_base", None),
-  "sycoca_tokens / coca": ("sycoca_tokens", "coca", 1.5),
-  "sycoca_input / coca": ("sycoca_input", "coca", 1.7),
+  "open_clip / coca_base": (PEER, "coca_base", ""),
+  "open_clip_huge / coca_base": (PEER_HUGE, "coca_base", ""),
+  "coca_base_devices / coca_base": ("coca_base_devices", "coca_base", ""),
+  "sycoca_tokens / coca": ("sycoca_tokens", "coca", "<= 1.5"),
+  "sycoca_input / coca": ("sycoca_input", "coca", "<= 1.7"),
 }
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "open_clip_torch")
-RESULTS = pathlib.Path(__file__).with_name("results") / "train_step.jsonl"
+RESULTS = rounds.RESULTS / "train_step.jsonl"
 
 
 def main() -> None:
   options = parse()
   if options.worker:
-    work(options)
+    make = make_peer if options.worker in PEERS else make_ours
+    facts, run = make(options)
+    run(3)
+    rounds.serve(facts, run)
     return
   names = [*(PEERS if has_peer() else ()), *OURS]
-  workers, facts = {}, {}
-  try:
-    for name in names:  # one compiles at a time
-      workers[name] = Worker(name)
-      facts[name] = workers[name].read()
-    seconds = {name: [] for name in names}
-    for round_number in range(options.rounds):
-      # The order changes, so that none always follows the same one.
-      for name in names if round_number % 2 == 0 else names[::-1]:
-        time.sleep(0.5)  # let the threads of the last one fall asleep
-        workers[name].ask(options.steps)
-        seconds[name].append(workers[name].read() / options.steps)
-  finally:
-    for worker in workers.values():
-      worker.close()
+  facts, seconds = rounds.compare(names, start, options.rounds, options.steps)
   record = summarize(options, facts, seconds)
   show(record)
-  options.output.parent.mkdir(parents=True, exist_ok=True)
-  with options.output.open("a") as file:
-    file.write(json.dumps(record) + "\n")
+  rounds.keep(record, options.output)
+
+
+def start(name: str) -> rounds.Worker:
+  environ = {**os.environ, "JAX_PLATFORMS": "cpu"}
+  if name != PEER:
+    environ = huge_pages.environment(environ) or environ
+  return rounds.Worker(__spec__.name, name, environ)
 
 
 def parse() -> argparse.Namespace:
@@ -124,55 +113,6 @@ def has_peer() -> bool:
     print(f"without open_clip: {error}", file=sys.stderr)
     return False
   return True
-
-
-def cores() -> int:
-  return len(os.sched_getaffinity(0))
-
-
-# --- The processes ----------------------------------------------------------
-
-
-class Worker:
-  """One contender: a process that takes numbers of steps, and times them."""
-
-  def __init__(self, name: str):
-    environ = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    if name != PEER:
-      environ = huge_pages.environment(environ) or environ
-    self.process = subprocess.Popen(
-      [sys.executable, "-m", __spec__.name, *sys.argv[1:], f"--worker={name}"],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
-      env=environ,
-    )
-
-  def ask(self, steps: int) -> None:
-    self.process.stdin.write(f"{steps}\n")
-    self.process.stdin.flush()
-
-  def read(self):
-    line = self.process.stdout.readline()
-    if not line:
-      raise SystemExit(f"a process ended: {' '.join(self.process.args)}")
-    return json.loads(line)
-
-  def close(self) -> None:
-    self.process.stdin.close()
-    self.process.wait()
-
-
-def work(options: argparse.Namespace) -> None:
-  """Builds a contender, says what it is, then runs steps as it is asked to."""
-  make = make_peer if options.worker in PEERS else make_ours
-  facts, run = make(options)
-  run(3)
-  print(json.dumps(facts), flush=True)
-  for line in sys.stdin:
-    begin = time.perf_counter()
-    run(int(line))
-    print(json.dumps(time.perf_counter() - begin), flush=True)
 
 
 def load_config(name: str, batch_size: int):
@@ -204,7 +144,7 @@ def make_batch(config) -> dict:
 def make_ours(options: argparse.Namespace):
   import jax
 
-  devices = cores() if OURS[options.worker][2] else 1
+  devices = rounds.cores() if OURS[options.worker][2] else 1
   jax.config.update("jax_num_cpu_devices", devices)
 
   from vlp_jax import config as config_lib
@@ -249,7 +189,7 @@ def make_peer(options: argparse.Namespace):
 
   from benchmarks import open_clip_peer
 
-  torch.set_num_threads(cores())
+  torch.set_num_threads(rounds.cores())
   config = load_config("coca_base", options.batch_size)
   model = open_clip_peer.build(config).train()
   weights = config.method
@@ -301,52 +241,21 @@ def summarize(options, facts: dict, seconds: dict) -> dict:
     )
     for name, times in seconds.items()
   }
-  ratios = {}
-  for name, (top, bottom, aim) in RATIOS.items():
-    if top in seconds:
-      pairs = zip(seconds[top], seconds[bottom], strict=True)
-      values = sorted(a / b for a, b in pairs)
-      ratios[name] = dict(
-        median=statistics.median(values),
-        least=values[0],
-        greatest=values[-1],
-        aim=aim,
-      )
-  return dict(
-    benchmark="train_step",
-    time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    command=" ".join(["python -m benchmarks.train_step", *sys.argv[1:]]),
-    machine=machine(),
-    rounds=options.rounds,
-    steps=options.steps,
-    batch_size=options.batch_size,
-    rows=rows,
-    ratios=ratios,
-  )
-
-
-def machine() -> dict:
-  versions = {"python": platform.python_version()}
-  for package in PACKAGES:
-    try:
-      versions[package] = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-      continue
-  cpu = platform.processor() or platform.machine()
-  info = pathlib.Path("/proc/cpuinfo")
-  if info.exists():
-    lines = info.read_text().splitlines()
-    models = [x.split(":")[1].strip() for x in lines if "model name" in x]
-    cpu = models[0] if models else cpu
-  return dict(
-    cpu=cpu, cores=cores(), load=os.getloadavg()[0], versions=versions
+  return rounds.record(
+    "train_step",
+    PACKAGES,
+    dict(
+      rounds=options.rounds,
+      steps=options.steps,
+      batch_size=options.batch_size,
+      rows=rows,
+      ratios=rounds.ratios(RATIOS, seconds),
+    ),
   )
 
 
 def show(record: dict) -> None:
-  where = record["machine"]
-  versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items())
-  print(f"{where['cpu']}, {where['cores']} cores; {versions}")
+  rounds.show_machine(record["machine"])
   print(
     f"batch of {record['batch_size']}, {record['rounds']} rounds of "
     f"{record['steps']} steps\n"
@@ -361,12 +270,7 @@ def show(record: dict) -> None:
       f"{row['ms_per_step']:>10.1f}{row['examples_per_s']:>12.0f}"
     )
   print("\ntime of a step, by round")
-  for name, ratio in record["ratios"].items():
-    aim = f"   (aim: <= {ratio['aim']})" if ratio["aim"] else ""
-    print(
-      f"{name:32}{ratio['median']:6.2f} "
-      f"[{ratio['least']:.2f}, {ratio['greatest']:.2f}]{aim}"
-    )
+  rounds.show_ratios(record["ratios"])
 
 
 if __name__ == "__main__":

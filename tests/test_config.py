@@ -1,5 +1,6 @@
 """Configs: loading, overriding, checking, comparing; and the command line."""
 
+import json
 import pathlib
 
 import pytest
@@ -48,6 +49,9 @@ def test_overrides_have_the_type_of_the_field(file):
       "optimizer.name=lion",
       "data.crop_scale=(0.5,1)",
       "data.source=a=b.jsonl",
+      'data.mix={"a": 0.5, "b/c.jsonl": 0.5}',
+      "data.flip=1",
+      "data.clean_captions=true",
       "evals.val.every_steps=7",
       "model.text.width=32",
     ],
@@ -58,6 +62,8 @@ def test_overrides_have_the_type_of_the_field(file):
   assert config.optimizer.name == "lion"
   assert config.data.crop_scale == (0.5, 1.0)
   assert config.data.source == "a=b.jsonl"
+  assert config.data.mix == '{"a": 0.5, "b/c.jsonl": 0.5}'
+  assert config.data.flip == 1.0 and config.data.clean_captions is True
   assert config.evals.val.every_steps == 7
   assert config.model.text.width == 32
   assert config.is_locked
@@ -76,6 +82,9 @@ def test_overrides_have_the_type_of_the_field(file):
     ("optimizer.learning_rate=nan", "of type float"),
     ("data.crop_scale=(a,b)", "of type tuple of float"),
     ("data.crop_scale=(", "of type tuple of float"),
+    ("data.flip=yes", "of type float"),
+    ("data.clean_captions=maybe", "of type bool"),
+    ("data.max_words=1.5", "of type int"),
   ],
 )
 def test_bad_overrides_are_refused(file, item, says):
@@ -211,11 +220,23 @@ def test_json_round_trip(file):
   assert config_lib.diff(config, again) == []
 
 
+def test_configs_of_before_a_field_was_there(file):
+  """They have its default, under which nothing changes."""
+  config = config_lib.load(file, ["data.augment=crop"])
+  older = json.loads(config_lib.to_json(config))
+  for field in ("mix", "flip", "eval_resize", "clean_captions", "max_bad"):
+    del older["data"][field]
+  again = config_lib.from_json(json.dumps(older))
+  assert config_lib.diff(config, again) == []
+  assert again.is_locked
+
+
 def test_resume_needs_the_same_config(file, tmp_path):
   path = tmp_path / "config.json"
   config_lib.check_same(config_lib.load(file), path)  # nothing there yet
   config_lib.save(config_lib.load(file), path)
   free = ["log.every_steps=1", "data.num_workers=2", "mesh.fsdp=2"]
+  free += ["data.max_bad=0.5"]
   config_lib.check_same(config_lib.load(file, free), path)
   with pytest.raises(UserError, match="seed: 0 -> 1; total_steps: 10 -> 20"):
     config_lib.check_same(

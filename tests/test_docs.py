@@ -8,11 +8,19 @@ import pytest
 
 from vlp_jax import config as config_lib
 from vlp_jax import evaluate, export
+from vlp_jax.data import build, train_tokenizer
+from vlp_jax.data.prepare import __main__ as prepare
 from vlp_jax.flags import parse_flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
-FLAGS = {"evaluate": evaluate.FLAGS, "export": export.FLAGS}
+FLAGS = {
+  "evaluate": evaluate.FLAGS,
+  "export": export.FLAGS,
+  "data.build": build.FLAGS,
+  "data.prepare": prepare.FLAGS,
+  "data.tokenizer": train_tokenizer.FLAGS,
+}
 
 
 def _commands(page: pathlib.Path):
@@ -38,7 +46,7 @@ def test_commands_are_understood(page):
       assert config.method.name
     else:
       flags, _ = parse_flags(args, FLAGS[module])
-      assert flags["workdir"]
+      assert flags["name" if module.startswith("data.") else "workdir"]
 
 
 def test_the_readme_has_the_commands_that_count():

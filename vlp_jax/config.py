@@ -26,11 +26,12 @@ from vlp_jax.flags import did_you_mean, parse_flags, parse_value
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 
-_FREE_DATA = ("data.num_workers", "data.val_split", "data.test_split")
+_FREE_DATA = ("num_workers", "val_split", "test_split", "max_bad")
 # What a resumed run may change, since no trained number depends on it: how
 # often to log, save and evaluate, on what, and with how many workers to read.
 # Another mesh computes the same up to the order of float additions.
-_FREE_ON_RESUME = ("log.", "checkpoint.", "evals.", "mesh.", *_FREE_DATA)
+_FREE_ON_RESUME = ("log.", "checkpoint.", "evals.", "mesh.")
+_FREE_ON_RESUME += tuple(f"data.{field}" for field in _FREE_DATA)
 # The length of a run shapes its learning rates from the first step on, so it
 # is free only where the schedule does not look at it.
 _LENGTH = ("total_steps", "total_epochs", "total_examples")
@@ -52,6 +53,7 @@ def default_config() -> ConfigDict:
       data=dict(
         name="scenes",
         source="",
+        mix="",  # or '{"cc12m": 0.7, "coco": 0.3}', to train on
         image_size=64,
         num_workers=0,
         image_key="",
@@ -59,8 +61,13 @@ def default_config() -> ConfigDict:
         train_split="train",
         val_split="validation",
         test_split="test",
-        augment="none",
-        crop_scale=(0.9, 1.0),
+        augment="none",  # or "crop", or "randaugment", which crops first
+        crop_scale=(0.9, 1.0),  # of the area
+        flip=0.0,  # probability
+        eval_resize="crop",  # or "stretch"
+        clean_captions=False,
+        max_words=0,  # of a cleaned caption; 0 = all
+        max_bad=0.01,  # share of unreadable records that stops the run
         seed=0,
       ),
       tokenizer=dict(path="", vocab_size=512, max_len=32),
@@ -331,17 +338,20 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-  """Reads what `to_json` wrote; lists become the tuples that they were."""
+  """Reads what `to_json` wrote; `data` fields that are new have defaults."""
 
-  def tuples(value):
+  def tuples(value):  # they became lists
     if isinstance(value, dict):
       return {name: tuples(item) for name, item in value.items()}
     return tuple(map(tuples, value)) if isinstance(value, list) else value
 
   try:
-    return ConfigDict(tuples(json.loads(text))).lock()
+    config = ConfigDict(tuples(json.loads(text)))
   except ValueError as error:
     raise UserError(f"not a config in JSON: {error}") from None
+  if "data" in config:
+    config.data = default_config().data.to_dict() | config.data.to_dict()
+  return config.lock()
 
 
 def diff(old: ConfigDict, new: ConfigDict) -> list[str]:
@@ -366,9 +376,9 @@ def save(config: ConfigDict, path: str | os.PathLike) -> None:
 def check_same(config: ConfigDict, path: str | os.PathLike) -> None:
   """Refuses to go on with a run that another config began.
 
-  Free to differ are logging, checkpoints, evaluations, the mesh and the
-  number of workers, since no trained number depends on them; and the length
-  of the run where `schedule.name` is 'constant'.
+  Free to differ are logging, checkpoints, evaluations, the mesh, the number of
+  workers and the share of bad records, since no trained number depends on them;
+  and the length of the run where `schedule.name` is 'constant'.
 
   Args:
     config: of the run that starts.

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vlp_jax import checkpoint, train_state
 from vlp_jax import config as config_lib
-from vlp_jax.data import pipeline, transforms
+from vlp_jax.data import captions, pipeline, transforms
 from vlp_jax.data import tokenizer as tokenizer_lib
 from vlp_jax.errors import UserError
 from vlp_jax.methods import base as methods
@@ -49,8 +49,8 @@ class Pretrained:
     Returns:
       uint8 `[B, S, S, 3]`.
     """
-    size = self.config.data.image_size
-    return np.stack([_read(picture, size) for picture in pictures])
+    geometry = transforms.eval_geometry(self.config.data)
+    return np.stack([_read(picture, geometry) for picture in pictures])
 
   def encode_image(self, pictures: Sequence[Picture]) -> np.ndarray:
     """Embeds pictures: float32 `[B, E]`, of unit length."""
@@ -59,8 +59,10 @@ class Pretrained:
 
   def encode_text(self, texts: Sequence[str]) -> np.ndarray:
     """Embeds texts: float32 `[B, E]`, of unit length."""
-    length = self.config.tokenizer.max_len
-    ids, lengths = self.tokenizer.encode_batch(list(texts), length)
+    clean = captions.cleaner(self.config.data)
+    ids, lengths = self.tokenizer.encode_batch(
+      [clean(text) for text in texts], self.config.tokenizer.max_len
+    )
     batch = {"text": ids, "text_len": lengths}
     return np.asarray(self._encode_text(self.params, batch))
 
@@ -116,12 +118,12 @@ def load(directory: str | os.PathLike) -> Pretrained:
   return Pretrained(config, method, params, tokenizer_lib.Tokenizer(proto))
 
 
-def _read(picture: Picture, size: int) -> np.ndarray:
+def _read(picture: Picture, geometry: transforms.Geometry) -> np.ndarray:
   if isinstance(picture, np.ndarray):
-    return transforms.ResizeCenterCrop(size)(Image.fromarray(picture))
+    return geometry(Image.fromarray(picture))
   if isinstance(picture, (str, os.PathLike)):
     try:
       picture = pathlib.Path(picture).read_bytes()
     except OSError as error:
       raise UserError(f"cannot read {picture}: {error.strerror}") from None
-  return pipeline.decode_image(picture, size)
+  return pipeline.decode_image(picture, geometry)

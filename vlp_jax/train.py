@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from vlp_jax import checkpoint as checkpoint_lib
 from vlp_jax import command, metrics, optim, sharding, train_state, train_step
 from vlp_jax import config as config_lib
-from vlp_jax.data import pipeline, sources
+from vlp_jax.data import mixture, pipeline
 from vlp_jax.data import tokenizer as tokenizer_lib
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import base as evaluators_lib
@@ -44,7 +44,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
   workdir = command.make_folder(workdir)
   config_lib.check_same(config, workdir / "config.json")
   mesh = sharding.make_mesh(config_lib.mesh_shape(config, jax.device_count()))
-  source = sources.open_source(config.data, config.data.train_split)
+  source = mixture.open_training(config.data)
   tokenizer = tokenizer_lib.get_tokenizer(config, source)
   env = evaluators_lib.Env(config, mesh, tokenizer, workdir)
   evaluators = evaluators_lib.build_all(method, env)
@@ -55,7 +55,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
   if jax.process_index() == 0:
     config_lib.save(config, workdir / "config.json")
     tokenizer_lib.write_atomically(workdir / "tokenizer.model", tokenizer.model)
-    tokenizer_lib.warn_cut(tokenizer, source, config.tokenizer.max_len)
+    tokenizer_lib.warn_cut(tokenizer, source, config)
 
   def create():
     return train_state.create(
@@ -76,11 +76,11 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
   fingerprint = pipeline.data_fingerprint(source, tokenizer, config)
   fingerprint["accumulate"] = config.accumulate
   if checkpoints.latest_step() is None:
-    state, seconds = jax.jit(create, out_shardings=shardings)(), 0.0
+    state, meta = jax.jit(create, out_shardings=shardings)(), {}
   else:
     state, meta = checkpoints.restore(sharding.with_shardings(abstract, mesh))
     check_fingerprint(meta["fingerprint"], fingerprint)
-    seconds = meta["seconds"]
+  seconds = meta.get("seconds", 0.0)
   start = int(state.step)
   step_fn = jax.jit(
     train_step.make_train_step(
@@ -102,6 +102,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     tokenizer,
     config,
     start_step=start,
+    bad_records=meta.get("bad_records", 0),
     host=jax.process_index(),
     num_hosts=jax.process_count(),
   )
@@ -121,7 +122,11 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
 
   def save(step: int, scores: dict[str, float] | None = None) -> None:
     spent = seconds + time.time() - started
-    meta = {"fingerprint": fingerprint, "seconds": spent}
+    meta = {
+      "fingerprint": fingerprint,
+      "seconds": spent,
+      "bad_records": batches.bad_records,
+    }
     checkpoints.save(step, state, meta, scores)
 
   results: dict[str, float] = {}
@@ -131,7 +136,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
         batch = sharding.put_batch(next(batches), mesh)
       state, values = step_fn(state, batch)
       log(pending)  # of the step before: the device is never waited for
-      pending = step, values
+      pending = step, values | {"bad_records": batches.bad_records}
       due = due_evaluators(config, evaluators, step, total_steps)
       stopping = preemption.requested and step < total_steps
       saving = stopping or is_due(

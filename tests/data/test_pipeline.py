@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.data.toy import Toy, build, gray, png
-from vlp_jax.data import pipeline, sources, transforms, warn
+from vlp_jax.data import pipeline, randaugment, sources, transforms, warn
 from vlp_jax.data import tokenizer as tokenizer_lib
 from vlp_jax.errors import UserError
 
@@ -178,20 +178,113 @@ def test_augmentation_none_is_the_evaluation_geometry(photos):
   source, _ = opened(photos)
   for batch in take(photos, 2):
     for image, image_id in zip(batch["image"], batch["image_id"], strict=True):
-      expected = pipeline.decode_image(source[int(image_id)]["image"], 16)
+      expected = pipeline.decode_image(
+        source[int(image_id)]["image"], transforms.ResizeCenterCrop(16)
+      )
       np.testing.assert_array_equal(image, expected)
 
 
-def test_bad_settings(jsonl_config):
+def test_stretched(photos):
+  photos.data.augment, photos.data.eval_resize = "none", "stretch"
+  source, _ = opened(photos)
+  stretch = transforms.Stretch(16)
+  wanted = [
+    pipeline.decode_image(source[i]["image"], stretch) for i in range(12)
+  ]
+  for batch in take(photos, 2):
+    for image, image_id in zip(batch["image"], batch["image_id"], strict=True):
+      np.testing.assert_array_equal(image, wanted[image_id])
+  (batch,) = pipeline.eval_images(source, photos, 12)
+  np.testing.assert_array_equal(batch["image"], wanted)
+
+
+def rows(batches, field):
+  return np.concatenate([batch[field] for batch in batches])
+
+
+def test_flip(photos):
+  plain = rows(take(photos, 10), "image")
+  photos.data.flip = 1.0
+  flipped = take(photos, 10)
+  np.testing.assert_array_equal(rows(flipped, "image"), plain[:, :, ::-1])
+  photos.data.flip = 0.5
+  some = rows(take(photos, 10), "image")
+  mirrored = (some == plain[:, :, ::-1]).all((1, 2, 3))
+  assert (mirrored | (some == plain).all((1, 2, 3))).all()
+  assert 20 < mirrored.sum() < 60
+
+
+def test_randaugment_comes_after_crop_and_flip(photos, monkeypatch):
+  photos.data.flip = 1.0
+  flipped = rows(take(photos, 5), "image")
+  photos.data.augment = "randaugment"
+  augmented = rows(take(photos, 5), "image")
+  changed = (augmented != flipped).any((1, 2, 3))
+  assert 0.4 < changed.mean() < 0.9  # identity, and halves that are not done
+  assert_equal(take(photos, 2, start_step=3), take(photos, 5)[3:])
+  photos.data.num_workers = 2
+  np.testing.assert_array_equal(rows(take(photos, 5), "image"), augmented)
+  photos.data.num_workers = 0
+  seen = []
+
+  def watch(self, pixels, rng):
+    seen.append(pixels)
+    return pixels
+
+  monkeypatch.setattr(pipeline, "_MAX_THREADS", 1)
+  monkeypatch.setattr(randaugment.RandAugment, "__call__", watch)
+  take(photos, 1)
+  np.testing.assert_array_equal(seen[:8], flipped[:8])
+
+
+def test_cleaned_captions(config, write_jsonl):
+  captions = ["A dog, running!", "?!", "One - two/three"]
+  config.data.source = str(
+    write_jsonl([{"captions": captions, "split": "train"}])
+  )
+  _, tokenizer = opened(config)
+
+  def texts():
+    return {tuple(row) for row in rows(take(config, 10), "text").tolist()}
+
+  def ids(*captions):
+    return {tuple(tokenizer.encode(c, 12)[0].tolist()) for c in captions}
+
+  assert texts() == ids(*captions)
+  config.data.clean_captions = True
+  assert texts() == ids("a dog running", "one two three")  # nothing is left
+  config.data.max_words = 2
+  assert texts() == ids("a dog", "one two")
+
+
+@pytest.mark.parametrize(
+  "field, value, says",
+  [
+    ("augment", "flip", "data.augment='flip' is unknown; it is none, crop, ra"),
+    ("eval_resize", "fit", "data.eval_resize='fit' is unknown; it is crop or"),
+    ("crop_scale", (0.0, 1.0), r"data.crop_scale=\(0.0, 1.0\) is no range"),
+    ("crop_scale", (0.5, 0.4), "data.crop_scale="),
+    ("crop_scale", (0.5, 1.1), "data.crop_scale="),
+    ("crop_scale", (0.5,), r"data.crop_scale=\(0.5,\) .* \(LOW, HIGH\)"),
+    ("flip", 1.5, r"data.flip=1.5 is not in \[0, 1\]"),
+    ("flip", -0.5, "data.flip=-0.5 is not in"),
+    ("max_bad", 2.0, "data.max_bad=2.0 is not in"),
+    ("max_words", 3, "data.max_words=3 .* with data.clean_captions=true"),
+    ("max_words", -1, "data.max_words=-1"),
+  ],
+)
+def test_bad_settings(jsonl_config, field, value, says):
+  jsonl_config.data[field] = value
+  with pytest.raises(UserError, match=says) as error:
+    take(jsonl_config, 1)
+  assert "\n" not in str(error.value)
+
+
+def test_batch_that_hosts_cannot_share(jsonl_config):
   with pytest.raises(
     UserError, match="batch_size=8 is not a multiple of the 3"
   ):
     take(jsonl_config, 1, num_hosts=3)
-  jsonl_config.data.augment = "flip"
-  with pytest.raises(
-    UserError, match=r"data.augment='flip' is unknown; it is no"
-  ):
-    take(jsonl_config, 1)
 
 
 # --- What cannot be read ----------------------------------------------------
@@ -212,17 +305,78 @@ def test_unreadable_pictures_are_replaced_and_named(
     assert message.startswith("warning: skipped ")
     assert "picture cannot be decoded" in message
   assert any("(3 skipped in " in m for m in messages)
-  # Their places have the next readable picture; all others are as before.
-  replaced = {4: 6, 5: 6, 19: 0}
-  wanted = [replaced.get(i, i) for i in ids_of(expected)]
-  assert ids_of(actual) == wanted
+  # Their places have others, drawn anew at every visit; the rest is as before.
+  before, after = np.array(ids_of(expected)), np.array(ids_of(actual))
+  bad = np.isin(before, [4, 5, 19])
+  np.testing.assert_array_equal(after[~bad], before[~bad])
+  assert bad.sum() == 12 and len({*after[bad]}) > 6
+  assert not {4, 5, 19} & {*after}
   for a, b in zip(actual, expected, strict=True):
     same = a["image_id"] == b["image_id"]
-    np.testing.assert_array_equal(a["text"][same], b["text"][same])
+    for key in a:
+      np.testing.assert_array_equal(a[key][same], b[key][same])
   assert_equal(take(jsonl_config, 10), actual)
   assert_equal(take(jsonl_config, 5, start_step=5), actual[5:])
   jsonl_config.data.num_workers = 2
   assert_equal(take(jsonl_config, 4), actual[:4])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_records_are_counted(jsonl_config, tmp_path, workers):
+  expected = [np.isin(b["image_id"], [4, 5]) for b in take(jsonl_config, 10)]
+  for i in (4, 5):
+    (tmp_path / "images" / f"{i}.png").write_bytes(b"")
+  jsonl_config.data.num_workers = workers
+  with pipeline.train_batches(*opened(jsonl_config), jsonl_config) as batches:
+    assert batches.bad_records == 0
+    for step in range(10):
+      assert "bad" not in next(batches)
+      assert batches.bad_records == np.sum(expected[: step + 1])
+  with pipeline.train_batches(
+    *opened(jsonl_config), jsonl_config, start_step=4, bad_records=7
+  ) as batches:
+    next(batches)
+    assert batches.bad_records == 7 + np.sum(expected[4])
+  counts = []
+  for host in range(2):
+    with pipeline.train_batches(
+      *opened(jsonl_config), jsonl_config, host=host, num_hosts=2
+    ) as batches:
+      list(itertools.islice(batches, 10))
+      counts.append(batches.bad_records)
+  assert sum(counts) == np.sum(expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_records(jsonl_config, tmp_path, workers):
+  """One in twenty is: told when a thousand rows are known, not before."""
+  (tmp_path / "images" / "7.png").write_bytes(b"")
+  jsonl_config.data.num_workers = workers
+  says = (
+    r"pairs.jsonl:train: 50 of the 1000 records read so far .*mend the data, "
+    r"or allow more than data.max_bad=0.01 of them"
+  )
+  with (
+    pipeline.train_batches(*opened(jsonl_config), jsonl_config) as batches,
+    pytest.raises(UserError, match=says) as error,
+  ):
+    for step in range(200):
+      assert step < 125
+      next(batches)
+  assert "\n" not in str(error.value)
+  # A share of the whole run, not of what was read since it went on.
+  jsonl_config.data.max_bad = 0.05
+  with pipeline.train_batches(
+    *opened(jsonl_config), jsonl_config, start_step=1000, bad_records=390
+  ) as batches:
+    next(batches)
+  with (
+    pipeline.train_batches(
+      *opened(jsonl_config), jsonl_config, start_step=1000, bad_records=402
+    ) as batches,
+    pytest.raises(UserError, match=r"40. of the 8008 records"),
+  ):
+    next(batches)
 
 
 def test_picture_that_vanishes(jsonl_config, tmp_path, capsys):
@@ -318,10 +472,11 @@ def test_decode_image_against_pillow():
   file = io.BytesIO()
   image.save(file, "PNG")
   expected = image.resize((48, 32), Image.BICUBIC).crop((8, 0, 40, 32))
-  actual = pipeline.decode_image(file.getvalue(), 32).astype(int)
+  geometry = transforms.ResizeCenterCrop(32)
+  actual = pipeline.decode_image(file.getvalue(), geometry).astype(int)
   assert np.abs(actual - np.asarray(expected)).max() <= 1
   with pytest.raises(transforms.UnreadableImage):
-    pipeline.decode_image(b"?", 32)
+    pipeline.decode_image(b"?", geometry)
 
 
 # --- Fingerprint ------------------------------------------------------------
@@ -344,6 +499,9 @@ def test_fingerprint(jsonl_config):
     "data.seed": 1,
     "batch_size": 4,
     "data.augment": "crop",
+    "data.flip": 0.5,
+    "data.eval_resize": "stretch",
+    "data.clean_captions": True,
     "data.image_size": 32,
     "tokenizer.max_len": 9,
   }.items():
@@ -356,6 +514,18 @@ def test_fingerprint(jsonl_config):
   cropped = fingerprint(**{"data.augment": "crop"})
   jsonl_config.data.crop_scale = (0.5, 1.0)
   assert fingerprint(**{"data.augment": "crop"}) != cropped
+  steps = fingerprint(
+    **{
+      "data.augment": "randaugment",
+      "data.flip": 0.5,
+      "data.clean_captions": True,
+      "data.max_words": 30,
+    }
+  )["transforms"]
+  assert [step.partition("(")[0] for step in steps] == [
+    *("Decode", "RandomResizedCrop", "RandomFlip", "RandAugment"),
+    *("CleanCaption", "PickCaption", "Tokenize"),
+  ]
 
 
 # --- Closing ----------------------------------------------------------------

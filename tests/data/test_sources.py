@@ -107,7 +107,7 @@ def test_jsonl_rows_without_a_split_are_shared_out(config, write_jsonl):
     again = {r["captions"][0] for r in open_jsonl(config, path, split)}
     assert again == {c for c in captions if int(c) >= 1000}
   # And the same on every machine, for ever.
-  assert sorted(members["test"], key=int)[:3] == ["6", "11", "13"]
+  assert sorted(members["test"], key=int)[:3] == ["2", "15", "52"]
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "dev", "validation"])
@@ -182,6 +182,85 @@ def test_jsonl_missing_pictures_are_named(config, write_jsonl, capsys):
   assert "skipped 1 rows without a caption: images/0.png" in warnings[1]
   open_jsonl(config, config.data.source)
   assert not capsys.readouterr().err  # said once
+
+
+def test_jsonl_captions_are_as_intake_wants_them(
+  config, write_jsonl, tmp_path, capsys
+):
+  (tmp_path / "images").mkdir()
+  for name in ("a", "b", "c"):
+    (tmp_path / "images" / f"{name}.png").write_bytes(png("red"))
+  rows = [
+    ["a", [" two\n words ", "", "nul \0", "x" * 10_001]],
+    ["b", ["a lone surrogate \ud800", "fine"]],
+    ["c", ["\0"]],
+  ]
+  path = write_jsonl(
+    [
+      {"image": f"images/{name}.png", "captions": captions, "split": "train"}
+      for name, captions in rows
+    ]
+    + ['{"image": "images/b.png", "caption": "BYTES", "split": "train"}']
+  )
+  path.write_bytes(path.read_bytes().replace(b"BYTES", b"latin \xe9"))
+  source = open_jsonl(config, path)
+  assert [r["captions"] for r in source] == [["two words"], ["fine"]]
+  assert [*source.captions()] == ["two words", "fine"]
+  assert capsys.readouterr().err.splitlines() == [
+    f"warning: {path}: skipped {what}"
+    for what in (
+      "2 captions (caption holds NUL): images/a.png, images/c.png",
+      "1 captions (caption too long): images/a.png",
+      "2 captions (caption is not UTF-8): images/b.png, images/b.png",
+    )
+  ]
+
+
+def test_jsonl_paths_stay_inside_the_folder(
+  config, write_jsonl, tmp_path, capsys, monkeypatch
+):
+  inside = tmp_path / "inside"
+  (inside / "images").mkdir(parents=True)
+  picture = inside / "images" / "a.png"
+  picture.write_bytes(png("red"))
+  (inside / "..b.png").write_bytes(png("blue"))
+  (tmp_path / "outside.png").write_bytes(png("red"))
+  (inside / "link.png").symlink_to(tmp_path / "outside.png")
+  names = ["../outside.png", str(tmp_path / "outside.png"), "x/../../y.png"]
+  names += ["images/../images/a.png", str(picture), "link.png", "..b.png"]
+  names += ["images"]
+  rows = [{"image": n, "caption": n, "split": "train"} for n in names]
+  path = write_jsonl(rows, "inside/pairs.jsonl")
+  source = open_jsonl(config, path)
+  assert [*source.captions()] == names[3:7]
+  warnings = capsys.readouterr().err.splitlines()
+  assert (
+    f"3 rows whose picture is not inside the folder: {names[0]}, "
+    in (warnings[0])
+  )
+  assert warnings[1].endswith("1 rows whose picture does not exist: images")
+  # However the folder is called.
+  link = tmp_path / "another"
+  link.symlink_to(inside)
+  monkeypatch.chdir(inside / "images")
+  for way in (link / "pairs.jsonl", "../pairs.jsonl"):
+    assert [*open_jsonl(config, way).captions()] == names[3:7]
+
+
+def test_jsonl_of_nothing_but_refused_rows(config, write_jsonl):
+  rows = [{"image": "../a.png", "caption": "c"}, {"caption": "\0"}]
+  says = (
+    r"none of its rows can be used; skipped 1 rows whose picture is not inside "
+    r"the folder: ../a.png; 1 captions \(caption holds NUL\): images/1.png"
+  )
+  with pytest.raises(UserError, match=says):
+    open_jsonl(config, write_jsonl(rows))
+
+
+def test_jsonl_line_that_is_too_deep(config, write_jsonl):
+  path = write_jsonl([{"caption": "fine"}, "[" * 100_000])
+  with pytest.raises(UserError, match=r"pairs.jsonl:2: not valid JSON"):
+    open_jsonl(config, path)
 
 
 def test_jsonl_nothing_left(config, write_jsonl):

@@ -359,9 +359,11 @@ def test_cut_captions_are_told(jsonl_config, capsys):
   source = sources.open_source(jsonl_config.data, "train")
   tokenizer = tokenizer_lib.get_tokenizer(jsonl_config, source)
   lengths = [tokenizer.length(caption) for caption in source.captions()]
-  tokenizer_lib.warn_cut(tokenizer, source, max(lengths))
+  jsonl_config.tokenizer.max_len = max(lengths)
+  tokenizer_lib.warn_cut(tokenizer, source, jsonl_config)
   assert capsys.readouterr().err == ""
-  tokenizer_lib.warn_cut(tokenizer, source, max(lengths) - 1)
+  jsonl_config.tokenizer.max_len -= 1
+  tokenizer_lib.warn_cut(tokenizer, source, jsonl_config)
   cut = lengths.count(max(lengths))
   message = capsys.readouterr().err
   assert message.startswith(f"warning: {cut} of the first {len(lengths)} ")

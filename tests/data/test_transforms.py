@@ -1,12 +1,15 @@
 import io
+import math
 import pickle
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from vlp_jax import config as config_lib
 from vlp_jax.data import tokenizer as tokenizer_lib
 from vlp_jax.data import transforms
+from vlp_jax.errors import UserError
 
 
 def noise(width, height, mode="RGB", seed=0):
@@ -182,6 +185,92 @@ def test_random_resized_crop_falls_back_to_the_middle():
   assert crop.box(1, 1, rng) == (0, 0, 1, 1)
 
 
+class Scripted:
+  """A generator that gives out what it is told to."""
+
+  def __init__(self, shares, aspects, corners):
+    self._floats = iter(np.stack([shares, aspects], 1).ravel())
+    self._corners = iter(corners)
+
+  def uniform(self, low, high):
+    return low + (high - low) * next(self._floats)
+
+  def integers(self, end):
+    return int(next(self._corners) * end)
+
+
+def torchvision_box(width, height, scale, ratio, shares, aspects, corners):
+  """(left, top, width, height), by torchvision's RandomResizedCrop.
+
+  The numbers that it draws are given, in [0, 1).
+  """
+  for share, aspect in zip(shares, aspects, strict=True):
+    target = width * height * (scale[0] + (scale[1] - scale[0]) * share)
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    drawn = math.exp(low + (high - low) * aspect)
+    w, h = round(math.sqrt(target * drawn)), round(math.sqrt(target / drawn))
+    if 0 < w <= width and 0 < h <= height:
+      left = int(corners[0] * (width - w + 1))
+      return left, int(corners[1] * (height - h + 1)), w, h
+  w, h = width, height
+  if width / height < min(ratio):
+    h = round(w / min(ratio))
+  elif width / height > max(ratio):
+    w = round(h * max(ratio))
+  return (width - w) // 2, (height - h) // 2, w, h
+
+
+@pytest.mark.parametrize("size", [(70, 50), (50, 71), (31, 31), (200, 20)])
+@pytest.mark.parametrize("scale", [(0.2, 1.0), (0.9, 1.0), (1.0, 1.0)])
+def test_random_resized_crop_is_torchvisions(size, scale):
+  ratio, rng, image = (3 / 4, 4 / 3), np.random.default_rng(0), noise(*size)
+  crop = transforms.RandomResizedCrop(24, scale)
+  whole = 0
+  for _ in range(100):
+    shares, aspects, corners = rng.random(10), rng.random(10), rng.random(2)
+    left, top, w, h = torchvision_box(
+      *size, scale, ratio, shares, aspects, corners
+    )
+    box = crop.box(*size, Scripted(shares, aspects, corners))
+    assert box == (left, top, left + w, top + h)
+    part = image.crop(box).resize((24, 24), Image.BICUBIC)
+    pixels = crop(image, Scripted(shares, aspects, corners)).astype(int)
+    assert np.abs(pixels - np.asarray(part)).max() <= 1
+    whole += (w, h) == size
+  assert whole < 100 or size == (31, 31)
+
+
+@pytest.mark.parametrize("size", [(120, 80), (50, 101), (20, 10), (32, 32)])
+def test_stretch_against_pillow(size):
+  image = noise(*size)
+  expected = np.asarray(image.resize((32, 32), Image.BICUBIC)).astype(int)
+  pixels = transforms.Stretch(32)(image)
+  assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8
+  assert np.abs(pixels - expected).max() <= 1
+
+
+def test_eval_geometry():
+  data = config_lib.default_config().data
+  data.image_size = 32
+  assert transforms.eval_geometry(data) == transforms.ResizeCenterCrop(32)
+  data.eval_resize = "stretch"
+  assert transforms.eval_geometry(data) == transforms.Stretch(32)
+  data.eval_resize = "fit"
+  expected = "data.eval_resize='fit' is unknown; it is crop or stretch"
+  with pytest.raises(UserError, match=expected):
+    transforms.eval_geometry(data)
+
+
+def test_random_flip():
+  pixels, rng = np.asarray(noise(9, 5)), np.random.default_rng(0)
+  flip = transforms.RandomFlip(0.25)
+  results = [flip(pixels, rng) for _ in range(2000)]
+  mirrored = [np.array_equal(r, pixels[:, ::-1]) for r in results]
+  same = [np.array_equal(r, pixels) for r in results]
+  assert all(a != b for a, b in zip(mirrored, same, strict=True))
+  assert 440 < sum(mirrored) < 560
+
+
 # --- Captions ---------------------------------------------------------------
 
 
@@ -205,7 +294,9 @@ def test_transforms_are_picklable_and_readable():
   for transform in (
     transforms.Decode(4),
     transforms.ResizeCenterCrop(4),
+    transforms.Stretch(4),
     transforms.RandomResizedCrop(4),
+    transforms.RandomFlip(0.5),
     transforms.PickCaption(),
   ):
     assert pickle.loads(pickle.dumps(transform)) == transform

@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+from PIL import Image
 
 from tests.e2e import commands
 
@@ -118,6 +119,56 @@ def test_sigterm_saves_and_exits_75(finished, folder):
   status, _, err = commands.run("main", *args, cwd=folder)
   assert status == 0, err
   _assert_equal_runs(workdir, finished["coca"])
+
+
+def test_bad_records_are_counted_and_stop_a_run(folder):
+  """Past their share; allowed more, it goes on as if never stopped."""
+  lists = {}
+  for name in ("a", "b"):
+    (folder / name).mkdir()
+    rows = []
+    for i in range(20):
+      colour = (12 * i, 0, 100 if name == "a" else 200)
+      Image.new("RGB", (64, 64), colour).save(folder / name / f"{i}.png")
+      rows.append({"image": f"{i}.png", "caption": f"picture {i} of {name}"})
+    path = folder / name / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    lists[str(path)] = 1 if name == "a" else 3
+  for i in range(2):
+    (folder / "a" / f"{i}.png").write_bytes(b"no picture")
+
+  def train(workdir, *more):
+    return commands.run(
+      "main",
+      "--config=configs/clip.py:debug",
+      f"--config.data.mix={json.dumps(lists)}",
+      f"--config.data.source={folder / 'b' / 'pairs.jsonl'}",
+      f"--workdir={folder / workdir}",
+      *commands.SMALL,
+      "--config.total_steps=70",
+      "--config.checkpoint.every_steps=20",
+      *more,
+      cwd=folder,
+    )
+
+  status, _, err = train("strict")
+  assert status == 2
+  assert "warning: skipped" in err and "Traceback" not in err
+  error = err.splitlines()[-1]
+  assert error.startswith("error: ") and "data.max_bad=0.01" in error
+  assert "of the 1008 records" in error
+  for workdir in ("strict", "lenient"):
+    status, _, err = train(workdir, "--config.data.max_bad=0.5")
+    assert status == 0, err
+  _assert_equal_runs(folder / "strict", folder / "lenient")
+  trained = [
+    line["train/bad_records"]
+    for line in commands.lines(folder / "strict")
+    if "train/loss" in line
+  ]
+  assert len(trained) == 70 and trained == sorted(trained)
+  # A quarter of 1,120 rows is of `a`, of which about a tenth is bad.
+  assert 20 <= trained[-1] <= 36
 
 
 def test_evaluating_leaves_training_alone(finished, folder):

@@ -112,7 +112,13 @@ def environment(source, tokenizer=None, devices=1) -> base.Env:
   """An environment whose every split is `source`."""
   config = ml_collections.ConfigDict(
     {
-      "data": {"image_size": IMAGE_SIZE, "num_workers": 0, "name": "fake"},
+      "data": {
+        "image_size": IMAGE_SIZE,
+        "num_workers": 0,
+        "name": "fake",
+        "eval_resize": "crop",
+        "clean_captions": False,
+      },
       "tokenizer": {"max_len": MAX_LEN},
       "method": {"name": "fake"},
       "evals": {},

@@ -12,8 +12,7 @@ BOS, EOS, PAD, VOCAB = 2, 3, 0, 9
 def _table(seed, end):
   """Logits of the next token by place, by the sum so far, by the last token."""
   table = np.random.default_rng(seed).normal(size=(12, 7, VOCAB, VOCAB))
-  # Tempt it with what may never be chosen.
-  table[..., [PAD, BOS]] += 5
+  table[..., BOS] += 5  # tempt it with what may never be chosen
   table[..., EOS] += end
   return table.astype(np.float32)
 
@@ -23,7 +22,7 @@ def _loop(table, start, max_len):
   while len(ids) < max_len:
     total = (total + ids[-1]) % 7
     logits = table[len(ids) - 1, total, ids[-1]].copy()
-    logits[[PAD, BOS]] = -np.inf
+    logits[BOS] = -np.inf
     token = int(logits.argmax())
     token = EOS if len(ids) == max_len - 1 else token
     ids.append(token)

@@ -5,8 +5,9 @@ One object a line:
   {"image": "images/1.png", "captions": ["a cat", "a grey cat"]}
 
 - `image` (or `file_name`, as in Hugging Face's imagefolder): a path, relative
-  to the JSONL file.
-- `captions`, a list, or `caption` (or `text`), a string.
+  to the JSONL file, whose folder it may not leave (links in it may).
+- `captions`, a list, or `caption` (or `text`), a string; `intake.caption` says
+  what is none.
 - `split`, optional: rows without one are shared out, 90/5/5, by a hash of the
   picture's name.
 - `image_id`, optional: an integer.
@@ -19,6 +20,7 @@ each line begins.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -30,25 +32,32 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlp_jax.data import intake
+from vlp_jax.data import splits as splits_lib
 from vlp_jax.data.warn import warn
 from vlp_jax.errors import UserError
 
-_SPLITS = ("train", "validation", "test")
-_ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
+_EMPTY = "empty caption"
+_MISSING = "rows whose picture does not exist"
+_OUTSIDE = "rows whose picture is not inside the folder"
+_BLANK = "rows without a caption"
 _KEPT = ("label", "category", "keywords")
 _INT32_MAX = 2**31 - 1
 
 
-def canonical_split(name: str) -> str:
-  """Returns the name that a split goes by: `val` is `validation`."""
-  return _ALIASES.get(name, name)
-
-
 class Row(NamedTuple):
-  """A parsed line: path as written, non-blank captions, the fields kept."""
+  """A parsed line.
+
+  Attributes:
+    image: path as written.
+    captions: that can be used, blanks collapsed.
+    refused: what is wrong with the others; "empty caption" is not told.
+    split, image_id, extra: the other fields that are kept.
+  """
 
   image: str
   captions: list[str]
+  refused: list[str]
   split: str
   image_id: Any
   extra: dict[str, Any]
@@ -131,14 +140,19 @@ def parse(line: bytes) -> Row:
     ValueError: saying what is wrong with it.
   """
   try:
-    row = json.loads(line.decode().removeprefix("\ufeff"))  # byte-order mark
-  except ValueError as e:
+    text = line.decode("utf-8", "surrogateescape")
+    row = json.loads(text.removeprefix("\ufeff"))  # byte-order mark
+  except (ValueError, RecursionError) as e:
     raise ValueError(f"not valid JSON ({e})") from e
   if not isinstance(row, dict):
     raise ValueError("not a JSON object")
   image = row.get("image", row.get("file_name"))
   if not isinstance(image, str) or not image:
     raise ValueError('no "image" (a path)')
+  try:
+    image.encode()
+  except UnicodeEncodeError as e:
+    raise ValueError(f'not valid JSON ("image": {e})') from e
   captions = row.get("captions", row.get("caption", row.get("text")))
   if isinstance(captions, str):
     captions = [captions]
@@ -152,10 +166,18 @@ def parse(line: bytes) -> Row:
   image_id = row.get("image_id")
   if image_id is not None and not isinstance(image_id, int | str):
     raise ValueError(f'"image_id" is not an integer or string: {image_id!r}')
+  kept, refused = [], []
+  for caption in captions:
+    try:
+      kept.append(intake.caption(caption))
+    except intake.Rejected as e:
+      if e.reason != _EMPTY:
+        refused.append(e.reason)
   return Row(
     image=image,
-    captions=[c for c in captions if c.strip()],
-    split=canonical_split(split or ""),
+    captions=kept,
+    refused=refused,
+    split=splits_lib.canonical(split or ""),
     image_id=image_id,
     extra={k: row[k] for k in _KEPT if k in row},
   )
@@ -164,8 +186,9 @@ def parse(line: bytes) -> Row:
 def read_index(path: pathlib.Path) -> Index:
   """Reads and checks a JSONL file; once per process while it is unchanged.
 
-  Rows whose picture does not exist, or that have no caption, are left out:
-  a warning on stderr counts them and names the first ten.
+  Rows whose picture does not exist or is elsewhere, rows that have no caption,
+  and captions that are too long or no text are left out: warnings on stderr
+  count them and name the first ten pictures.
 
   Raises:
     UserError: at the first broken line (file:line and what is wrong), or if
@@ -179,10 +202,12 @@ def read_index(path: pathlib.Path) -> Index:
 def _read_index(path: pathlib.Path, mtime_ns: int, size: int) -> Index:
   del mtime_ns, size  # keys of the cache
   folder = str(path.parent)
+  ways = os.path.normpath(folder), os.path.realpath(folder)
+  folders = tuple(os.path.join(way, "") for way in ways)
   digest = hashlib.sha256()
   offset, length, code, hashes = array("q"), array("i"), array("i"), array("Q")
   ids, splits = array("q"), {}
-  missing, blank = _Tally(), _Tally()
+  skipped = collections.defaultdict(_Tally)
   position = 0
   with path.open("rb") as file:
     for number, line in enumerate(file, start=1):
@@ -194,26 +219,32 @@ def _read_index(path: pathlib.Path, mtime_ns: int, size: int) -> Index:
         row = parse(line)
       except ValueError as e:
         raise UserError(f"{path}:{number}: {e}") from e
+      for reason in row.refused:
+        skipped[f"captions ({reason})"].add(row.image)
       if not row.captions:
-        blank.add(row.image)
+        if not row.refused:
+          skipped[_BLANK].add(row.image)
         continue
-      if not os.path.exists(os.path.join(folder, row.image)):
-        missing.add(row.image)
+      if not _inside(folders, row.image):
+        skipped[_OUTSIDE].add(row.image)
         continue
-      picture = _hash64(row.image)
+      if not os.path.isfile(os.path.join(folder, row.image)):
+        skipped[_MISSING].add(row.image)
+        continue
+      picture = splits_lib.hash64(row.image)
       offset.append(start)
       length.append(len(line))
       hashes.append(picture)
       ids.append(_int32_or_none(row.image_id))
       named = row.image_id is not None
-      split = row.split or _draw_split(
-        _hash64(str(row.image_id)) if named else picture
+      split = row.split or splits_lib.draw(
+        splits_lib.hash64(str(row.image_id)) if named else picture
       )
       code.append(splits.setdefault(split, len(splits)))
   if not offset:
-    raise UserError(_nothing_left(path, missing, blank))
-  missing.warn(path, "rows whose picture does not exist")
-  blank.warn(path, "rows without a caption")
+    raise UserError(f"{path}{_nothing_left(path, skipped)}")
+  for what, tally in skipped.items():
+    warn(f"{path}: skipped {tally.count} {what}: {tally}")
   picture = _dense(np.frombuffer(hashes, np.uint64))
   image_id = np.frombuffer(ids, np.int64)
   if (image_id < 0).any():  # not all rows have one that is an integer
@@ -246,30 +277,34 @@ class _Tally:
     more = ", ..." if self.count > len(self.first) else ""
     return ", ".join(self.first) + more
 
-  def warn(self, path: pathlib.Path, what: str) -> None:
-    if self.count:
-      warn(f"{path}: skipped {self.count} {what}: {self}")
+
+def _inside(folders: tuple[str, ...], image: str) -> bool:
+  """Whether a path stays in a folder, by its text: the disk is slower.
+
+  Args:
+    folders: names of the folder, with a slash at the end.
+    image: relative to it, or absolute.
+  """
+  if os.path.isabs(image):
+    return os.path.normpath(image).startswith(folders)
+  return ".." not in image or os.path.normpath(image).split(os.sep)[0] != ".."
 
 
-def _nothing_left(path: pathlib.Path, missing: _Tally, blank: _Tally) -> str:
-  if missing.count:
+def _nothing_left(path: pathlib.Path, skipped: dict[str, _Tally]) -> str:
+  if _MISSING in skipped:
+    missing = skipped[_MISSING]
     return (
-      f"{path}: none of its {missing.count} pictures exists ({missing}); paths "
-      f"are relative to {path.parent}"
+      f": none of its {missing.count} pictures exists ({missing}); paths are "
+      f"relative to {path.parent}"
     )
-  if blank.count:
-    return f"{path}: none of its {blank.count} rows has a caption"
-  return f"{path} is empty"
-
-
-def _hash64(text: str) -> int:
-  data = text.encode("utf-8", "surrogatepass")
-  return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def _draw_split(hashed: int) -> str:
-  part = hashed % 20
-  return _SPLITS[0 if part < 18 else part - 17]
+  if [*skipped] == [_BLANK]:
+    return f": none of its {skipped[_BLANK].count} rows has a caption"
+  if skipped:
+    reasons = (
+      f"{tally.count} {what}: {tally}" for what, tally in skipped.items()
+    )
+    return f": none of its rows can be used; skipped {'; '.join(reasons)}"
+  return " is empty"
 
 
 def _int32_or_none(image_id: Any) -> int:

@@ -5,36 +5,34 @@ is no iterator state to save, a run goes on at `start_step`, and the global
 batch is the same for any number of workers, threads and hosts. To that end
 the data set stays random-access up to the batch:
 
-  indices -> shuffle -> repeat -> a host's batches -> [start_step:]
+  indices -> shuffle -> repeat (-> mix) -> a host's batches -> [start_step:]
 
 Every epoch has its own order, in which each record comes exactly once;
 batches run on across epochs, so a batch may be larger than the data set.
 At its place in this endless order a picture is cropped and one of its captions
-drawn, with random numbers that depend on the seed and the place.
+drawn, with random numbers that depend on the seed and the place. So is another
+record, where one cannot be read.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
-from PIL import Image
 
 from vlp_jax.data import transforms
+from vlp_jax.data.recipe import Batch, Recipe, make_recipe
 from vlp_jax.data.sources import Record, Source
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.data.warn import warn_skipped
 from vlp_jax.errors import UserError
-
-Batch = dict[str, np.ndarray]
 
 # Whole batches are made ahead, one by each thread. Decoders leave the
 # interpreter free, the rest does not: with more threads than cores, or more
@@ -42,8 +40,8 @@ Batch = dict[str, np.ndarray]
 _MAX_THREADS = 8
 _BUFFERED_BATCHES = 4
 _HAS_AFFINITY = hasattr(os, "sched_getaffinity")  # not on macOS
-# After so many unreadable records in a row something else is wrong.
-_MAX_SKIPS = 1000
+# So many rows tell a share of bad records from bad luck.
+_MIN_ROWS = 1000
 
 
 class Batches(Iterator[Batch]):
@@ -71,24 +69,70 @@ class Batches(Iterator[Batch]):
     self.close()
 
 
+class TrainBatches(Batches):
+  """Batches that count the records which had to be replaced.
+
+  Attributes:
+    bad_records: their number, of this host's, since step 0.
+  """
+
+  def __init__(
+    self,
+    dataset: grain.IterDataset,
+    source: Source,
+    max_bad: float,
+    rows: int,
+    bad_records: int,
+  ):
+    """Starts the threads.
+
+    Args:
+      dataset: batches with `bad`, a number.
+      source: for messages.
+      max_bad: the largest share of bad records.
+      rows: that came before.
+      bad_records: among these.
+    """
+    super().__init__(dataset)
+    self.bad_records = bad_records
+    self._name = source.name
+    self._max_bad = max_bad
+    self._rows = rows
+
+  def __next__(self) -> Batch:
+    batch = super().__next__()
+    self.bad_records += int(batch.pop("bad"))
+    self._rows += len(batch["image"])
+    most = self._max_bad * self._rows
+    if self._rows >= _MIN_ROWS and self.bad_records > most:
+      raise UserError(
+        f"{self._name}: {self.bad_records} of the {self._rows} records read so "
+        "far had to be replaced, and were named above; mend the data, or allow "
+        f"more than data.max_bad={self._max_bad} of them"
+      )
+    return batch
+
+
 def train_batches(
   source: Source,
   tokenizer: Tokenizer,
   config: ConfigDict,
   *,
   start_step: int = 0,
+  bad_records: int = 0,
   host: int = 0,
   num_hosts: int = 1,
-) -> Batches:
+) -> TrainBatches:
   """Returns the endless training batches from `start_step` on.
 
   Args:
     source: the training split.
     tokenizer: for the captions.
     config: `batch_size` (of all hosts), `seed`, `tokenizer.max_len` and
-      `data.{seed, augment, crop_scale, image_size, num_workers}`. Both seeds
-      matter: `seed` for the whole run, `data.seed` for the data alone.
+      `data.{seed, num_workers, max_bad}`, and what `make_recipe` reads. Both
+      seeds matter: `seed` for the whole run, `data.seed` for the data alone.
     start_step: k of the first batch.
+    bad_records: replaced before it.
     host: which block of rows of the global batch to return.
     num_hosts: number of blocks.
 
@@ -98,10 +142,11 @@ def train_batches(
     `image_id` int32 `[b]`.
 
   Raises:
-    UserError: if `batch_size` is not a multiple of `num_hosts`, or
-      `data.augment` is unknown. The iterator raises one if no record is
-      readable; single ones that are not are replaced by the next that is, and
-      named on stderr.
+    UserError: if `batch_size` is not a multiple of `num_hosts`, or a field of
+      `data` is wrong. The iterator raises one if no record is readable, or
+      more than `data.max_bad` of at least a thousand are not; else these are
+      replaced by others of their data set, drawn at random, and named on
+      stderr.
   """
   if config.batch_size % num_hosts:
     raise UserError(
@@ -113,19 +158,23 @@ def train_batches(
     [config.seed % 2**32, config.data.seed % 2**32]
   )
   order_seed, visit_seed = seeds.generate_state(2).tolist()
-  order = grain.MapDataset.range(len(source)).shuffle(seed=order_seed)
+  order = source.order(order_seed)
   rows = range(config.batch_size)[host * local : (host + 1) * local]
-  recipe = _recipe(source, tokenizer, config)
+  recipe = make_recipe(source, tokenizer, config)
   dataset = _HostBatches(
-    order.repeat(None), recipe, visit_seed, config.batch_size, rows
+    order, recipe, visit_seed, config.batch_size, rows
   ).slice(slice(start_step, None))
   workers = config.data.num_workers
-  if not workers:
-    return Batches(dataset.to_iter_dataset(_read_options()))
-  _parse_no_flags()
-  dataset = dataset.to_iter_dataset(grain.ReadOptions(1, 1))
-  options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=2)
-  return Batches(dataset.mp_prefetch(options))
+  if workers:
+    _parse_no_flags()
+    dataset = dataset.to_iter_dataset(grain.ReadOptions(1, 1))
+    options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=2)
+    dataset = dataset.mp_prefetch(options)
+  else:
+    dataset = dataset.to_iter_dataset(_read_options())
+  return TrainBatches(
+    dataset, source, config.data.max_bad, start_step * local, bad_records
+  )
 
 
 def eval_images(
@@ -137,7 +186,7 @@ def eval_images(
 
   Args:
     source: any split, or a sequence of records.
-    config: `data.image_size`.
+    config: `data.{image_size, eval_resize}`.
     batch_size: number of rows of every batch, the last one included.
 
   Yields:
@@ -147,7 +196,8 @@ def eval_images(
     rows and records go on in step.
   """
   read = source.pair if isinstance(source, Source) else source.__getitem__
-  load = functools.partial(_eval_row, source, read, config.data.image_size)
+  geometry = transforms.eval_geometry(config.data)
+  load = functools.partial(_eval_row, source, read, geometry)
   dataset = (
     grain.MapDataset.range(len(source))
     .map(load)
@@ -158,21 +208,22 @@ def eval_images(
     yield from batches
 
 
-def decode_image(record_bytes: bytes, image_size: int) -> np.ndarray:
-  """Returns a picture in the evaluation geometry, uint8 `[S, S, 3]`.
+def decode_image(
+  record_bytes: bytes, geometry: transforms.Geometry
+) -> np.ndarray:
+  """Returns a picture in a geometry, uint8 `[S, S, 3]`.
 
   Raises:
     transforms.UnreadableImage: if the bytes are no picture.
   """
-  image = transforms.Decode()(record_bytes)
-  return transforms.ResizeCenterCrop(image_size)(image)
+  return geometry(transforms.Decode()(record_bytes))
 
 
 def data_fingerprint(
   source: Source, tokenizer: Tokenizer, config: ConfigDict
 ) -> dict[str, Any]:
   """Returns what must be equal for a run to go on with the same batches."""
-  recipe = _recipe(source, tokenizer, config)
+  recipe = make_recipe(source, tokenizer, config)
   return {
     "source": source.fingerprint,
     "records": len(source),
@@ -184,107 +235,13 @@ def data_fingerprint(
   }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Recipe:
-  """How records become the rows of a training batch."""
-
-  source: Source
-  decode: transforms.Decode
-  crop: transforms.RandomResizedCrop | transforms.ResizeCenterCrop
-  pick: transforms.PickCaption
-  tokenize: transforms.Tokenize
-
-  def make(
-    self, indices: Sequence[int], places: Sequence[int], seed: int
-  ) -> Batch:
-    """Makes a batch.
-
-    For small pictures it is a third faster to take all rows through one step
-    after the other than row by row: the caches keep what a step runs.
-
-    Args:
-      indices: of the records.
-      places: of the records in the endless order.
-      seed: of the random numbers, together with the place.
-    """
-    rng = np.random.Generator(np.random.Philox(seed))
-    records = [self.source.pair(index) for index in indices]
-    images, texts, image_ids = [], [], []
-    for index, place, record in zip(indices, places, records, strict=True):
-      record, image = self.usable(index, record)
-      _go_to(rng, place)
-      images.append(self.crop(image, rng))
-      texts.append(self.pick(record["captions"], rng))
-      image_ids.append(record["image_id"])
-    text, text_len = self.tokenize(texts)
-    return {
-      "image": np.stack(images),
-      "text": text,
-      "text_len": text_len,
-      "image_id": np.array(image_ids, np.int32),
-    }
-
-  def usable(self, index: int, record: Record) -> tuple[Record, Image.Image]:
-    """Returns a record with a caption, and its picture.
-
-    It is the given one, or else the next one that will do: which depends on
-    the data alone, so that batches stay a function of their number.
-    """
-    size = len(self.source)
-    for skips in range(min(size, _MAX_SKIPS)):
-      at = (index + skips) % size
-      record = self.source.pair(at) if skips else record
-      captions = [caption for caption in record["captions"] if caption.strip()]
-      try:
-        if captions:
-          image = self.decode(record["image"])
-          return record | {"captions": captions}, image
-        reason = "no caption"
-      except transforms.UnreadableImage as e:
-        reason = str(e)
-      _skip(self.source, at, reason)
-    raise UserError(
-      f"{self.source.name}: {skips + 1} records in a row have no readable "
-      f"picture and caption, the first of them {self.source.describe(index)}"
-    )
-
-  def describe(self) -> list[str]:
-    """Returns the transforms as text."""
-    return [repr(t) for t in (self.decode, self.crop, self.pick, self.tokenize)]
-
-
-def _recipe(
-  source: Source, tokenizer: Tokenizer, config: ConfigDict
-) -> _Recipe:
-  size = config.data.image_size
-  scale = tuple(float(s) for s in config.data.crop_scale)
-  if config.data.augment == "none":
-    crop, smallest = transforms.ResizeCenterCrop(size), 1.0
-  elif config.data.augment == "crop":
-    crop, smallest = transforms.RandomResizedCrop(size, scale), scale[0]
-  else:
-    raise UserError(
-      f"data.augment={config.data.augment!r} is unknown; it is none or crop"
-    )
-  # Twice the pixels that the crop needs leave the resize as good as exact
-  # (only large JPEGs are concerned).
-  min_side = int(np.ceil(2 * size / np.sqrt(max(smallest, 1e-2))))
-  return _Recipe(
-    source=source,
-    decode=transforms.Decode(min_side),
-    crop=crop,
-    pick=transforms.PickCaption(),
-    tokenize=transforms.Tokenize(config.tokenizer.max_len, tokenizer),
-  )
-
-
 class _HostBatches(grain.MapDataset):
   """A host's rows of the global batches."""
 
   def __init__(
     self,
     order: grain.MapDataset,
-    recipe: _Recipe,
+    recipe: Recipe,
     seed: int,
     batch_size: int,
     rows: range,
@@ -315,26 +272,18 @@ class _HostBatches(grain.MapDataset):
     return self._recipe.make(indices, places, self._seed)
 
 
-def _go_to(rng: np.random.Generator, place: int) -> None:
-  """Takes a Philox generator to the stream of a place; cheaper than a new one.
-
-  The counter's last word is the place, its first counts the numbers drawn.
-  """
-  state = rng.bit_generator.state
-  state["state"]["counter"] = np.array([0, 0, 0, place], np.uint64)
-  state["buffer_pos"], state["has_uint32"] = 4, 0  # nothing is left over
-  rng.bit_generator.state = state
-
-
 def _eval_row(
-  source: Source, read: Callable[[int], Record], size: int, index: int
+  source: Source,
+  read: Callable[[int], Record],
+  geometry: transforms.Geometry,
+  index: int,
 ) -> Batch:
   record = read(index)
   try:
-    image = decode_image(record["image"], size)
+    image = decode_image(record["image"], geometry)
   except transforms.UnreadableImage as e:
-    _skip(source, index, str(e))
-    image = np.zeros((size, size, 3), np.uint8)
+    warn_skipped(source.name, source.describe(index), str(e))
+    image = np.zeros((geometry.size, geometry.size, 3), np.uint8)
   image_id = np.int32(record["image_id"])
   return {"image": image, "image_id": image_id, "mask": np.True_}
 
@@ -352,10 +301,6 @@ def _stack_padded(batch_size: int, rows: list[Batch]) -> Batch:
     key: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1))
     for key, value in batch.items()
   }
-
-
-def _skip(source: Source, index: int, reason: str) -> None:
-  warn_skipped(source.name, source.describe(index), reason)
 
 
 def _read_options() -> grain.ReadOptions:

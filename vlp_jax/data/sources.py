@@ -20,14 +20,21 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import grain
 import tensorflow_datasets as tfds
+from google.protobuf.message import DecodeError
 from ml_collections import ConfigDict
 from tensorflow_datasets.core import read_only_builder
 
-from vlp_jax.data import jsonl, tfds_fields
+from vlp_jax.data import builders, jsonl, splits, tfds_fields
+from vlp_jax.data.warn import warn_skipped
 from vlp_jax.errors import UserError
 
 Record = dict[str, Any]
+
+
+class UnreadableRecord(UserError):
+  """A record whose bytes on disk are damaged."""
 
 
 class Source:
@@ -58,6 +65,9 @@ class Source:
       `image`: encoded bytes; `captions`: list of str; `image_id`: int in
       [0, 2^31); and what else the source has: `label`, `category`,
       `keywords`, and for scenes `objects`, `phrases`, `binding`, `relation`.
+
+    Raises:
+      UnreadableRecord: if the file is damaged there.
     """
     raise NotImplementedError
 
@@ -73,9 +83,24 @@ class Source:
     return f"{self.name}[{index}]"
 
   def captions(self) -> Iterator[str]:
-    """Yields all captions, in order."""
+    """Yields the captions of all readable records, in order."""
     for index in range(len(self)):
-      yield from self.pair(index)["captions"]
+      try:
+        yield from self.pair(index)["captions"]
+      except UnreadableRecord as e:
+        warn_skipped(self.name, self.describe(index), str(e))
+
+  def order(self, seed: int) -> grain.MapDataset:
+    """Returns indices of records for training, endless and random-access.
+
+    Every epoch has its own order, in which each record comes exactly once.
+    """
+    return grain.MapDataset.range(len(self)).shuffle(seed=seed).repeat(None)
+
+  def peers(self, index: int) -> range:
+    """Returns the records of which one may stand in for record `index`."""
+    del index
+    return range(len(self))
 
 
 class JsonlSource(Source):
@@ -83,7 +108,7 @@ class JsonlSource(Source):
 
   def __init__(self, path: pathlib.Path, split: str):
     index = jsonl.read_index(path)
-    split = jsonl.canonical_split(split)
+    split = splits.canonical(split)
     if split not in index.splits:
       raise UserError(
         f"{path} has no rows of split {split!r} ({_counts(index.counts())}); "
@@ -120,8 +145,10 @@ class JsonlSource(Source):
     )
     try:
       return [jsonl.parse(line) for line in lines]
-    except ValueError as e:
-      raise UserError(f"{self._path} changed while it was in use") from e
+    except (ValueError, OSError) as e:
+      raise UserError(
+        f"{self._path} changed while it was in use, or cannot be read"
+      ) from e
 
   def __getitem__(self, index: int) -> Record:
     rows = self._parse(index)
@@ -236,14 +263,24 @@ class TfdsSource(Source):
     if not self._to_record:
       return self.pair(index)
     example = self._builder.info.features.deserialize_example_np(
-      self._raw[index],
+      self._bytes(index),
       decoders={self._fields.image: tfds.decode.SkipDecoding()},
     )
     return self._record_fn(example)
 
   def pair(self, index: int) -> Record:
     index = int(index)
-    return self._fields.read(self._raw[index], self._first_id + index)
+    try:
+      return self._fields.read(self._bytes(index), self._first_id + index)
+    except DecodeError as e:
+      raise UnreadableRecord(f"record cannot be read ({e})") from e
+
+  def _bytes(self, index: int) -> bytes:
+    try:
+      return self._raw[index]
+    except (RuntimeError, OSError) as e:  # as the reader raises
+      reason = " ".join(str(e).split())[:200]
+      raise UnreadableRecord(f"record cannot be read ({reason})") from e
 
 
 def open_source(data: ConfigDict, split: str) -> Source:
@@ -278,11 +315,13 @@ def _find_builder(name: str) -> tfds.core.DatasetBuilder:
       return tfds.builder_from_directory(folder)
     return read_only_builder.builder_from_files(name, data_dir=str(data_dir()))
   except (ValueError, OSError) as e:  # not found; or not a possible name
+    make = builders.command(name) or (
+      "python -m vlp_jax.data.prepare --source=PATH --name=NAME, or read a "
+      "list in place with --config.data.source=FILE.jsonl"
+    )
     raise UserError(
       f"no data set {name!r} in {data_dir()}; set TFDS_DATA_DIR to where it "
-      "is, make it with python -m vlp_jax.data.prepare --source=PATH "
-      "--name=NAME, or read a list in place with "
-      "--config.data.source=FILE.jsonl"
+      f"is, or make it with {make}"
     ) from e
 
 

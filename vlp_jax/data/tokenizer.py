@@ -1,11 +1,17 @@
-"""A SentencePiece tokenizer, given or trained on the captions at first use.
+"""The tokenizer: given, or trained on the captions at first use.
 
-Texts become `[SOT] pieces [EOT] pad pad ...`. Padding is 0 whatever the model,
-since `text_len` says what counts.
+Texts become `[SOT] pieces [EOT] pad pad ...`. Which ids these are, the model
+says; `text_len` says how many of them count.
 
-A trained model (byte-pair encoding, lower-cased NFKC) is kept beside the data,
-under a name with the vocabulary's size and a hash of the data and of how it was
-trained, so that changed captions make another. Training is deterministic.
+A given one is of any kind that `vocabularies.py` reads. A trained one is
+SentencePiece's:
+
+  python -m vlp_jax.data.tokenizer --name=NAME --vocab_size=32000
+
+makes it ahead, as training does at first use. It (byte-pair encoding,
+lower-cased NFKC) is kept beside the data, under a name with the vocabulary's
+size and a hash of the data and of how it was trained, so that changed captions
+make another. Training is deterministic.
 """
 
 from __future__ import annotations
@@ -17,14 +23,16 @@ import json
 import os
 import pathlib
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import sentencepiece
 from absl import logging
 from ml_collections import ConfigDict
 
-from vlp_jax.data.sources import Source, open_source
+from vlp_jax.data import captions as captions_lib
+from vlp_jax.data import mixture, token_codecs, vocabularies
+from vlp_jax.data.sources import Source
 from vlp_jax.data.warn import warn
 from vlp_jax.errors import UserError
 
@@ -51,38 +59,33 @@ _TRAINER = dict(
 
 
 class Tokenizer:
-  """Encodes texts with a SentencePiece model; picklable.
+  """Encodes texts with a vocabulary of any kind; picklable.
 
   Attributes:
-    vocab_size: number of pieces, the four special ones included.
+    vocab_size: number of pieces, the special ones included.
     sha256: of the model.
-    pad_id, unk_id, bos_id, eos_id: special ids; bos is SOT and eos is EOT.
+    pad_id, unk_id, bos_id, eos_id, mask_id: special ids; bos is SOT and eos
+      is EOT. -1 stands for none, except that padding is then 0.
   """
 
   def __init__(self, model: bytes):
-    """Makes a tokenizer of a serialised model.
+    """Makes a tokenizer of a model.
+
+    Args:
+      model: a SentencePiece model, or what else `token_codecs.py` describes.
 
     Raises:
-      UserError: if it is no SentencePiece model, or has no BOS or EOS.
+      UserError: if it is no model, or knows no BOS or EOS.
     """
-    try:
-      self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-      self.vocab_size = self._processor.GetPieceSize()
-    except (RuntimeError, OSError, ValueError) as e:
-      raise UserError("not a SentencePiece model") from e
-    if not self.vocab_size:
-      raise UserError("not a SentencePiece model")
+    self._codec = token_codecs.open_codec(model)
     self._model = model
     self.sha256 = hashlib.sha256(model).hexdigest()
-    self.pad_id = PAD
-    self.unk_id = self._processor.unk_id()
-    self.bos_id = self._processor.bos_id()
-    self.eos_id = self._processor.eos_id()
-    if min(self.bos_id, self.eos_id) < 0:
-      raise UserError(
-        "the model has no BOS or no EOS piece, and captions need both; train "
-        "it with --bos_id and --eos_id of at least 0"
-      )
+    self.vocab_size = self._codec.vocab_size
+    self.pad_id = self._codec.pad_id
+    self.unk_id = self._codec.unk_id
+    self.bos_id = self._codec.bos_id
+    self.eos_id = self._codec.eos_id
+    self.mask_id = self._codec.mask_id
 
   def __reduce__(self):
     return Tokenizer, (self._model,)
@@ -97,25 +100,43 @@ class Tokenizer:
 
     A longer text is cut; the last id that is kept is then EOT.
     """
-    ids = self._processor.EncodeAsIds(text)
+    ids = self._codec.encode(text)
     ids = [self.bos_id, *ids[: max_len - 2], self.eos_id]
-    padded = np.full(max_len, PAD, np.int32)
+    padded = np.full(max_len, self.pad_id, np.int32)
     padded[: len(ids)] = ids
     return padded, len(ids)
 
   def length(self, text: str) -> int:
     """Returns the number of ids of a text that is not cut."""
-    return len(self._processor.EncodeAsIds(text)) + 2
+    return len(self._codec.encode(text)) + 2
 
   def encode_batch(
     self, texts: Sequence[str], max_len: int
   ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (ids int32 `[N, max_len]`, lengths int32 `[N]`)."""
-    ids = np.full((len(texts), max_len), PAD, np.int32)
+    ids = np.full((len(texts), max_len), self.pad_id, np.int32)
     lengths = np.zeros(len(texts), np.int32)
     for row, text in enumerate(texts):
       ids[row], lengths[row] = self.encode(text, max_len)
     return ids, lengths
+
+  def word_ids(self, text: str, max_len: int) -> np.ndarray:
+    """Returns the number of the word that each id of `encode` belongs to.
+
+    What is a word, the vocabulary says. With SentencePiece and RoBERTa it
+    reaches from blank to blank; with BERT and CLIP punctuation marks are words
+    of their own, and with CLIP so are digits and the `'s` of `it's`.
+
+    Returns:
+      int32 `[max_len]`, rising from 0; -1 for special ids and padding.
+    """
+    ids, length = self.encode(text, max_len)
+    ids, words = ids[1 : length - 1], np.full(max_len, -1, np.int32)
+    begins = self._codec.begins[ids]
+    begins[1:] |= self._codec.ends[ids[:-1]]
+    begins[:1] = True
+    words[1 : length - 1] = np.cumsum(begins) - 1
+    return words
 
   def pieces(self, text: str) -> list[tuple[str, int, int]]:
     """Returns (piece, start, end) for the ids between SOT and EOT.
@@ -124,21 +145,12 @@ class Tokenizer:
     included; the spans are in order and do not overlap. Where several pieces
     stand for one character, the last of them has it and the others are empty.
     """
-    spans, end = [], 0
-    for piece in self._processor.Encode(text, out_type="proto").pieces:
-      # Its own offsets count bytes or characters, by the library's version.
-      start = text.find(piece.surface, end)
-      end = start + len(piece.surface)
-      spans.append((piece.piece, start, end))
-    return spans
+    return self._codec.spans(text)
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of ids up to EOT, without the special ones."""
     kept = itertools.takewhile(lambda i: i != self.eos_id, map(int, ids))
-    sp = self._processor
-    return sp.Decode(
-      [i for i in kept if not (sp.IsControl(i) or sp.IsUnknown(i))]
-    )
+    return self._codec.decode(list(kept))
 
 
 def get_tokenizer(
@@ -147,36 +159,61 @@ def get_tokenizer(
   """Returns the config's tokenizer, training it if need be.
 
   Args:
-    config: `tokenizer.path` names a `.model`; if it is empty, one of at most
-      `tokenizer.vocab_size` pieces is made from the training captions.
+    config: `tokenizer.path` names a file that `vocabularies.py` reads; if it
+      is empty, a model of at most `tokenizer.vocab_size` pieces is made from
+      the training captions.
     source: the training split if it is open already; no other is used.
 
   Raises:
-    UserError: if the model is missing or unfit, or the vocabulary too small.
+    UserError: if the file is missing or unfit, or the vocabulary too small.
   """
-  if config.tokenizer.path:
-    return _load_given(pathlib.Path(config.tokenizer.path).expanduser())
-  if source is None or source.split != config.data.train_split:
-    source = open_source(config.data, config.data.train_split)
   vocab_size = config.tokenizer.vocab_size
-  name = _file_name(source.fingerprint, vocab_size)
+  if config.tokenizer.path:
+    path = pathlib.Path(config.tokenizer.path).expanduser()
+    tokenizer = _load_given(path)
+    if tokenizer.vocab_size > vocab_size:
+      raise UserError(
+        f"tokenizer.path={path} has {tokenizer.vocab_size} pieces; set "
+        f"--config.tokenizer.vocab_size={tokenizer.vocab_size}, or more "
+        f"(now {vocab_size})"
+      )
+    return tokenizer
+  if source is None or source.split != config.data.train_split:
+    source = mixture.open_training(config.data)
+  clean = captions_lib.cleaner(config.data)
+  return trained_once(source, vocab_size, clean)[0]
+
+
+def trained_once(
+  source: Source, vocab_size: int, clean: Callable[[str], str] = str
+) -> tuple[Tokenizer, pathlib.Path | None]:
+  """Returns a source's trained tokenizer, and where it is kept.
+
+  Args:
+    source: the training split.
+    vocab_size: the most pieces that it may have.
+    clean: what is done to captions first.
+
+  Raises:
+    UserError: if the vocabulary is too small.
+  """
+  name = _file_name(source.fingerprint, vocab_size, clean)
   folders = [source.directory, pathlib.Path("~/.cache/vlp_jax").expanduser()]
   for folder in folders:
     try:
-      return Tokenizer((folder / name).read_bytes())
+      return Tokenizer((folder / name).read_bytes()), folder / name
     except (OSError, UserError):
       continue  # not there, or damaged
-  model = train(source.captions(), vocab_size)
+  model = train(map(clean, source.captions()), vocab_size)
   for folder in folders:
     try:
       write_atomically(folder / name, model)
     except OSError:
       continue
     logging.info("trained a tokenizer, kept as %s", folder / name)
-    break
-  else:
-    warn(f"the tokenizer could not be kept in {folders[0]} or {folders[1]}")
-  return Tokenizer(model)
+    return Tokenizer(model), folder / name
+  warn(f"the tokenizer could not be kept in {folders[0]} or {folders[1]}")
+  return Tokenizer(model), None
 
 
 def train(captions: Iterable[str], vocab_size: int) -> bytes:
@@ -218,10 +255,12 @@ def train(captions: Iterable[str], vocab_size: int) -> bytes:
   ) from error
 
 
-def warn_cut(tokenizer: Tokenizer, source: Source, max_len: int) -> None:
-  """Warns if some of the first captions are longer than `max_len` tokens."""
+def warn_cut(tokenizer: Tokenizer, source: Source, config: ConfigDict) -> None:
+  """Warns if some of the first captions exceed `config.tokenizer.max_len`."""
+  max_len = config.tokenizer.max_len
+  clean = captions_lib.cleaner(config.data)
   first = itertools.islice(source.captions(), _CHECKED)
-  lengths = [tokenizer.length(caption) for caption in first]
+  lengths = [tokenizer.length(clean(caption)) for caption in first]
   cut = sum(length > max_len for length in lengths)
   if cut:
     warn(
@@ -243,15 +282,20 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
 
 def _load_given(path: pathlib.Path) -> Tokenizer:
   try:
-    return Tokenizer(path.read_bytes())
+    return Tokenizer(vocabularies.read(path))
   except OSError as e:
     raise UserError(f"tokenizer.path={path}: {e.strerror}") from e
   except UserError as e:
     raise UserError(f"tokenizer.path={path}: {e}") from e
 
 
-def _file_name(fingerprint: str, vocab_size: int) -> str:
-  recipe = json.dumps([fingerprint, _TRAINER, _BYTES_FROM], sort_keys=True)
+def _file_name(
+  fingerprint: str, vocab_size: int, clean: Callable[[str], str]
+) -> str:
+  recipe = [fingerprint, _TRAINER, _BYTES_FROM]
+  recipe = json.dumps(
+    recipe if clean is str else [*recipe, repr(clean)], sort_keys=True
+  )
   digest = hashlib.sha256(recipe.encode()).hexdigest()
   return f"tokenizer-{vocab_size}-{digest[:16]}.model"
 
@@ -265,3 +309,9 @@ def _sample(captions: Iterator[str]) -> list[str]:
     if len(kept) > _MAX_CAPTIONS:
       kept, step = kept[::2], step * 2
   return kept
+
+
+if __name__ == "__main__":
+  from vlp_jax.data import train_tokenizer
+
+  train_tokenizer.run()

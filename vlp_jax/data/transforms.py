@@ -2,8 +2,8 @@
 
 Each transform is a small frozen dataclass: picklable, and its `repr` goes into
 the data's fingerprint. Pixels leave the host as uint8 at their final size;
-normalising is in the model. There is no horizontal flip: captions say left
-and right.
+normalising is in the model. RandAugment and what is done to captions have
+files of their own.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ import dataclasses
 import io
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
-from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.errors import UserError
+
+if TYPE_CHECKING:  # sources need transforms, and the tokenizer needs sources
+  from vlp_jax.data.tokenizer import Tokenizer
 
 # Formats whose decoders run no other program (PostScript's does).
 _FORMATS = (
@@ -113,6 +117,46 @@ class ResizeCenterCrop:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stretch:
+  """The other evaluation geometry: resized to a square, whatever its shape.
+
+  Bicubic and antialiased; nothing is cut off.
+  """
+
+  size: int
+
+  def __call__(
+    self, image: Image.Image, rng: np.random.Generator | None = None
+  ) -> np.ndarray:
+    """Returns uint8 `[size, size, 3]`; nothing is drawn."""
+    del rng
+    if image.size != (self.size, self.size):
+      image = image.resize((self.size,) * 2, Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+Geometry = ResizeCenterCrop | Stretch
+
+
+def eval_geometry(data: ConfigDict) -> Geometry:
+  """Returns how pictures become squares where nothing is drawn.
+
+  Args:
+    data: `eval_resize` and `image_size`.
+
+  Raises:
+    UserError: if there is no such geometry.
+  """
+  kinds = {"crop": ResizeCenterCrop, "stretch": Stretch}
+  if data.eval_resize not in kinds:
+    raise UserError(
+      f"data.eval_resize={data.eval_resize!r} is unknown; it is "
+      f"{' or '.join(kinds)}"
+    )
+  return kinds[data.eval_resize](data.image_size)
+
+
+@dataclasses.dataclass(frozen=True)
 class RandomResizedCrop:
   """A random part of the picture, resized to a square (Szegedy et al., 2015).
 
@@ -152,6 +196,23 @@ class RandomResizedCrop:
     if image.size != (self.size, self.size):
       image = image.resize((self.size,) * 2, Image.Resampling.BICUBIC)
     return np.asarray(image)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomFlip:
+  """A picture or its mirror image; beware of captions with left and right.
+
+  Attributes:
+    probability: of the mirror image.
+  """
+
+  probability: float
+
+  def __call__(
+    self, pixels: np.ndarray, rng: np.random.Generator
+  ) -> np.ndarray:
+    """Returns uint8 `[H, W, 3]`, as `pixels` is."""
+    return pixels[:, ::-1] if rng.random() < self.probability else pixels
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from vlp_jax.data import pipeline, sources, transforms
+from vlp_jax.data import captions, pipeline, sources, transforms
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators._batching import (
@@ -204,11 +204,19 @@ class Evaluator:
 
   def image(self, index: int) -> np.ndarray:
     """Returns a picture, uint8 `[S, S, 3]`; black if it cannot be read."""
-    size = self.env.config.data.image_size
+    geometry = transforms.eval_geometry(self.env.config.data)
     try:
-      return pipeline.decode_image(self.source[index]["image"], size)
+      return pipeline.decode_image(self.source[index]["image"], geometry)
     except transforms.UnreadableImage:  # as in pipeline.eval_images
-      return np.zeros((size, size, 3), np.uint8)
+      return np.zeros((geometry.size, geometry.size, 3), np.uint8)
+
+  def tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ids `[N, L]` and lengths `[N]`, of texts as in training."""
+    config = self.env.config
+    clean = captions.cleaner(config.data)
+    return self.env.tokenizer.encode_batch(
+      [clean(text) for text in texts], config.tokenizer.max_len
+    )
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of ids; a model may have more than the tokenizer."""
@@ -232,10 +240,9 @@ class Evaluator:
     )
 
   def _text_batches(self, texts) -> Iterator[dict[str, np.ndarray]]:
-    max_len = self.env.config.tokenizer.max_len
     for start in range(0, len(texts), self.batch_size):
       rows = list(texts[start : start + self.batch_size])
-      text, text_len = self.env.tokenizer.encode_batch(rows, max_len)
+      text, text_len = self.tokenize(rows)
       yield {
         "text": pad_rows(text, self.batch_size),
         "text_len": pad_rows(text_len, self.batch_size),

@@ -352,9 +352,7 @@ def _reconstruction(examples: _Examples, params: Params) -> Sheet | None:
   shown = _batching.spread(len(examples.records), 6)
   captions = [examples.records[i]["captions"][0] for i in shown]
   env = examples.env
-  text, text_len = env.tokenizer.encode_batch(
-    captions, env.config.tokenizer.max_len
-  )
+  text, text_len = examples.tokenize(captions)
   image = np.stack([examples.image(i) for i in shown])
   batch = {"image": image, "text": text, "text_len": text_len}
   batch = _batching.put(batch, env.mesh, whole=True)

@@ -16,7 +16,6 @@ def greedy(
   *,
   bos_id: int,
   eos_id: int,
-  pad_id: int = 0,
 ) -> jax.Array:
   """Decodes the most likely next token until every caption has ended.
 
@@ -25,15 +24,14 @@ def greedy(
     cache: what `step` starts from; a pytree of arrays.
     batch_size: B.
     max_len: number of tokens L, start symbol included.
-    bos_id: the start symbol.
-    eos_id: the end symbol; what follows it is `pad_id`.
-    pad_id: never chosen, nor is the start symbol.
+    bos_id: the start symbol; never chosen.
+    eos_id: the end symbol; what follows it is 0.
 
   Returns:
     int32 `[B, max_len]`. A caption that does not end by itself is cut, and
     its last token is `eos_id`.
   """
-  ids = jnp.full((batch_size, max_len), pad_id, jnp.int32).at[:, 0].set(bos_id)
+  ids = jnp.zeros((batch_size, max_len), jnp.int32).at[:, 0].set(bos_id)
   done = jnp.zeros((batch_size,), bool)
 
   def unfinished(carry):
@@ -43,10 +41,10 @@ def greedy(
   def extend(carry):
     t, done, ids, cache = carry
     logits, cache = step(cache, ids[:, t], t)
-    logits = logits.at[:, jnp.array([pad_id, bos_id])].set(MASKED)
+    logits = logits.at[:, bos_id].set(MASKED)
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     token = jnp.where(t == max_len - 2, eos_id, token)
-    token = jnp.where(done, pad_id, token)
+    token = jnp.where(done, 0, token)
     return t + 1, done | (token == eos_id), ids.at[:, t + 1].set(token), cache
 
   return jax.lax.while_loop(unfinished, extend, (0, done, ids, cache))[2]

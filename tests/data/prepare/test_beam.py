@@ -7,6 +7,8 @@ import tensorflow_datasets as tfds
 from tests.data.prepare import test_run, toy
 from vlp_jax.errors import UserError
 
+pytest.importorskip("apache_beam")
+
 WORKERS = (
   "--beam_options=runner=DirectRunner,direct_num_workers=2,"
   "direct_running_mode=multi_processing"

@@ -15,7 +15,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from tests.data.prepare import toy
 from tests.data.toy import png
 from vlp_jax.data.prepare.entries import Entry, Place, Tally
-from vlp_jax.data.prepare.table import Splits, Table, merged
+from vlp_jax.data.prepare.table import Table, merged
 from vlp_jax.errors import UserError
 
 SMALL = "--records_per_shard=8"
@@ -220,7 +220,7 @@ def entry(image_id, file="", captions=("a",)):
 def test_a_table_keeps_entries_in_hash_order_and_cuts_no_id(tmp_path):
   entries = [entry(str(i % 50), captions=[str(i)]) for i in range(100)]
   path = tmp_path / "table.sqlite"
-  Table.write(path, entries, Splits((("train", 1.0),)))
+  Table.write(path, entries, (("train", 1.0),))
   with Table(path) as table:
     shards = table.shards(rows=7, most=5)
     assert len(shards) == 5 and sum(s.rows for s in shards) == 100

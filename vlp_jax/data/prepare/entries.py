@@ -69,10 +69,12 @@ class Entry(NamedTuple):
   extra: dict[str, Any]
 
   def to_json(self) -> str:
+    """Writes it as a line that `from_json` reads."""
     return json.dumps(self)  # a tuple: a list without names
 
   @classmethod
   def from_json(cls, text: str) -> Entry:
+    """Reads what `to_json` wrote."""
     name, image_id, split, place, captions, extra = json.loads(text)
     return cls(name, image_id, split, Place(*place), captions, extra)
 
@@ -101,12 +103,15 @@ class Tally:
   )
 
   def skip(self, name: str, reason: str) -> None:
+    """Counts what is skipped."""
     _count(self.skipped, reason, 1, [name])
 
   def note(self, name: str, reason: str) -> None:
+    """Counts what is left out of a record that is kept."""
     _count(self.notes, reason, 1, [name])
 
   def add(self, other: Tally) -> None:
+    """Adds another one's counts."""
     self.read += other.read
     self.written += other.written
     self.merged += other.merged
@@ -116,12 +121,14 @@ class Tally:
       _count(self.notes, reason, count, names)
 
   def copy(self) -> Tally:
+    """Returns an equal one."""
     same = Tally()
     same.add(self)
     return same
 
   @property
   def num_skipped(self) -> int:
+    """Number of pictures or rows that were skipped, of all reasons."""
     return sum(count for count, _ in self.skipped.values())
 
   def by_count(self) -> list[tuple[str, int, list[str]]]:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vlp_jax.data import intake, jsonl
+from vlp_jax.data import intake, splits
 from vlp_jax.data.prepare import entries
 from vlp_jax.data.prepare.spill import Spill
 from vlp_jax.errors import UserError
@@ -130,7 +130,7 @@ def scan(
       yield entries.Entry(
         name=name,
         image_id=entries.text_id(image_id if given in (None, "") else given),
-        split=jsonl.canonical_split(str(split or "").strip()),
+        split=splits.canonical(str(split or "").strip()),
         place=place,
         captions=entries.clean_captions(
           _listed(row.get(columns.caption)), name, tally

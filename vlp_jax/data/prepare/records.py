@@ -66,6 +66,7 @@ class Kinds:
     self._seen: dict[str, set[str]] = {name: set() for name in names}
 
   def look(self, entry: Entry) -> None:
+    """Takes note of an entry's fields."""
     for name, value in entry.extra.items():
       if value is not None:
         self._seen[name].add(_kind(value))

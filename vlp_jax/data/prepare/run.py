@@ -22,12 +22,12 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import naming
 
-from vlp_jax.data import jsonl
+from vlp_jax.data import splits
 from vlp_jax.data.prepare import report, shards, sources
 from vlp_jax.data.prepare.entries import Entry, Tally
 from vlp_jax.data.prepare.lists import Columns
 from vlp_jax.data.prepare.records import Kinds, Schema
-from vlp_jax.data.prepare.table import Shard, Splits, Table
+from vlp_jax.data.prepare.table import Shard, Table
 from vlp_jax.data.sources import data_dir
 from vlp_jax.errors import UserError
 
@@ -84,6 +84,7 @@ class Options:
 
   @property
   def columns(self) -> Columns:
+    """Which columns of a list to read."""
     keep = tuple(filter(None, self.keep.split(",")))
     split = "-" if ":" in self.splits else self.splits
     return Columns(
@@ -91,17 +92,17 @@ class Options:
     )
 
   @property
-  def fractions(self) -> Splits:
+  def shares(self) -> Sequence[tuple[str, float]]:
     """Reads `--splits=train:0.9,test:0.1`.
 
     Raises:
       UserError: if the shares do not add up to 1.
     """
     if ":" not in self.splits:
-      return Splits()
+      return splits.SHARES
     try:
       pairs = [part.split(":") for part in self.splits.split(",")]
-      shares = {jsonl.canonical_split(k): float(v) for k, v in pairs}
+      shares = {splits.canonical(k): float(v) for k, v in pairs}
     except ValueError:
       shares = {}
     if not shares or abs(sum(shares.values()) - 1) > 1e-6:
@@ -109,13 +110,15 @@ class Options:
         f"--splits={self.splits}: it is a column's name, or shares that add "
         "up to 1, such as train:0.9,validation:0.05,test:0.05"
       )
-    return Splits(tuple(shares.items()))
+    return tuple(shares.items())
 
   @property
   def description(self) -> str:
+    """What the data set says of itself."""
     return f"Pictures and captions from {self.source}."
 
   def schema(self, kinds: dict[str, str]) -> Schema:
+    """Returns what records are made of, given the kinds of kept fields."""
     return Schema(self.min_side, self.image_size, kinds)
 
 
@@ -198,7 +201,7 @@ def _list(
         yield entry
 
   with report.Progress("listing") as progress:
-    Table.write(scratch / TABLE, entries(progress), options.fractions)
+    Table.write(scratch / TABLE, entries(progress), options.shares)
   if tally.read == tally.num_skipped:
     raise UserError(report.nothing(options.source, tally))
   with Table(scratch / TABLE) as table:

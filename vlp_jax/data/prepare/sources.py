@@ -10,7 +10,7 @@ import pathlib
 import re
 from collections.abc import Iterator
 
-from vlp_jax.data import jsonl
+from vlp_jax.data import splits
 from vlp_jax.data.prepare import entries, folders, lists, tars
 from vlp_jax.data.prepare.spill import Spill
 from vlp_jax.errors import UserError
@@ -73,7 +73,7 @@ def find(source: str) -> list[Part]:
     parts = []
     for piece in re.split(r",(?=[A-Za-z]\w*=)", source):
       split, _, path = piece.partition("=")
-      split = jsonl.canonical_split(split)
+      split = splits.canonical(split)
       parts += [dataclasses.replace(p, split=split) for p in find(path)]
     return parts
   paths = _expand(source)

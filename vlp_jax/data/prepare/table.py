@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import pathlib
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from tensorflow_datasets.core import hashing
 
+from vlp_jax.data import splits
 from vlp_jax.data.prepare.entries import Entry, Tally
 
 
@@ -38,33 +38,6 @@ class Shard:
   rows: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Splits:
-  """Which split a picture belongs to where its source does not say.
-
-  Attributes:
-    fractions: (name, share) pairs whose shares add up to 1.
-  """
-
-  fractions: tuple[tuple[str, float], ...] = (
-    ("train", 0.9),
-    ("validation", 0.05),
-    ("test", 0.05),
-  )
-
-  def of(self, entry: Entry) -> str:
-    """Returns the split's name; it depends on the image's id alone."""
-    if entry.split:
-      return entry.split
-    digest = hashlib.blake2b(entry.image_id.encode(), digest_size=8).digest()
-    place = int.from_bytes(digest, "little") / 2**64
-    for name, share in self.fractions:
-      place -= share
-      if place < 0:
-        return name
-    return self.fractions[-1][0]
-
-
 class Table:
   """All entries of a source; `with` closes it."""
 
@@ -74,9 +47,18 @@ class Table:
 
   @classmethod
   def write(
-    cls, path: pathlib.Path, entries: Iterable[Entry], splits: Splits
+    cls,
+    path: pathlib.Path,
+    entries: Iterable[Entry],
+    shares: Sequence[tuple[str, float]],
   ) -> None:
-    """Makes a table; `path` is there when it is complete."""
+    """Makes a table.
+
+    Args:
+      path: its file, which is there when the table is complete.
+      entries: what goes into it.
+      shares: of splits that are drawn, where an entry does not name one.
+    """
     partial = path.with_suffix(".partial")
     partial.unlink(missing_ok=True)
     hashers: dict[str, hashing.Hasher] = {}
@@ -87,7 +69,8 @@ class Table:
       db.execute("CREATE TABLE entries (split TEXT, hash TEXT, entry TEXT)")
       db.execute("BEGIN")
       for entry in entries:
-        split = splits.of(entry)
+        drawn = splits.draw(splits.hash64(entry.image_id), shares)
+        split = entry.split or drawn
         hasher = hashers.setdefault(split, hashing.Hasher(split))
         key = f"{hasher.hash_key(entry.image_id):032x}"
         db.execute(

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vlp_jax.data import intake, jsonl
+from vlp_jax.data import intake, splits
 from vlp_jax.data.prepare import entries, folders
 from vlp_jax.data.prepare.lists import Columns
 from vlp_jax.data.prepare.spill import Spill
@@ -129,7 +129,7 @@ def _entry(
   return entries.Entry(
     name=name,
     image_id=entries.text_id(row.get(image_id) or key),
-    split=jsonl.canonical_split(split.strip()) if use_split else "",
+    split=splits.canonical(split.strip()) if use_split else "",
     place=place,
     captions=entries.clean_captions(texts, name, tally),
     extra={field: row[field] for field in columns.keep if field in row},

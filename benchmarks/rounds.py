@@ -1,0 +1,171 @@
+"""Contenders that take turns: what comparisons in one run have in common.
+
+Each contender has a process of its own, which waits while another one works.
+Ratios are taken within each round, so that what slows the machine down for a
+while touches both sides.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+RESULTS = pathlib.Path(__file__).with_name("results")
+_PAUSE = 0.5  # seconds in which the threads of the last one fall asleep
+
+
+class Worker:
+  """One contender: a process that takes numbers of steps, and times them."""
+
+  def __init__(self, module: str, name: str, environ: Mapping[str, str]):
+    """Starts `python -m module <the command's arguments> --worker=name`."""
+    self.process = subprocess.Popen(
+      [sys.executable, "-m", module, *sys.argv[1:], f"--worker={name}"],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+      env=dict(environ),
+    )
+
+  def ask(self, steps: int) -> None:
+    self.process.stdin.write(f"{steps}\n")
+    self.process.stdin.flush()
+
+  def read(self):
+    line = self.process.stdout.readline()
+    if not line:
+      raise SystemExit(f"a process ended: {' '.join(self.process.args)}")
+    return json.loads(line)
+
+  def close(self) -> None:
+    self.process.stdin.close()
+    self.process.wait()
+
+
+def compare(
+  names: Sequence[str],
+  start: Callable[[str], Worker],
+  rounds: int,
+  steps: int,
+) -> tuple[dict, dict[str, list[float]]]:
+  """Lets all contenders work in turn.
+
+  Returns:
+    What each says of itself, and its seconds a step in each round.
+  """
+  workers, facts = {}, {}
+  seconds: dict[str, list[float]] = {name: [] for name in names}
+  try:
+    for name in names:  # one compiles at a time
+      workers[name] = start(name)
+      facts[name] = workers[name].read()
+    for round_number in range(rounds):
+      # The order changes, so that none always follows the same one.
+      for name in names if round_number % 2 == 0 else names[::-1]:
+        time.sleep(_PAUSE)
+        workers[name].ask(steps)
+        seconds[name].append(workers[name].read() / steps)
+  finally:
+    for worker in workers.values():
+      worker.close()
+  return facts, seconds
+
+
+def serve(facts: dict, run: Callable[[int], object]) -> None:
+  """A contender's side: says what it is, then runs steps as it is asked to."""
+  print(json.dumps(facts), flush=True)
+  for line in sys.stdin:
+    begin = time.perf_counter()
+    run(int(line))
+    print(json.dumps(time.perf_counter() - begin), flush=True)
+
+
+def ratios(
+  wanted: Mapping[str, tuple[str, str, str]],
+  seconds: Mapping[str, Sequence[float]],
+) -> dict[str, dict]:
+  """Returns ratios of seconds, by round.
+
+  Args:
+    wanted: name to numerator, denominator and what is aimed at, as text.
+    seconds: by contender; ratios of those that are absent are left out.
+  """
+  found = {}
+  for name, (top, bottom, aim) in wanted.items():
+    if top in seconds and bottom in seconds:
+      pairs = zip(seconds[top], seconds[bottom], strict=True)
+      values = sorted(a / b for a, b in pairs)
+      found[name] = dict(
+        median=statistics.median(values),
+        least=values[0],
+        greatest=values[-1],
+        aim=aim,
+      )
+  return found
+
+
+def record(
+  benchmark: str, packages: Sequence[str], facts: Mapping[str, object]
+) -> dict:
+  """Returns a record of a run: what, when, where, and `facts`."""
+  now = datetime.datetime.now(datetime.UTC)
+  return dict(
+    benchmark=benchmark,
+    time=now.isoformat(timespec="seconds"),
+    command=" ".join([f"python -m benchmarks.{benchmark}", *sys.argv[1:]]),
+    machine=machine(packages),
+    **facts,
+  )
+
+
+def machine(packages: Sequence[str]) -> dict:
+  """Returns the processor, the cores, the load, and versions of packages."""
+  versions = {"python": platform.python_version()}
+  for package in packages:
+    try:
+      versions[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  cpu = platform.processor() or platform.machine()
+  info = pathlib.Path("/proc/cpuinfo")
+  if info.exists():
+    lines = info.read_text().splitlines()
+    models = [x.split(":")[1].strip() for x in lines if "model name" in x]
+    cpu = models[0] if models else cpu
+  return dict(
+    cpu=cpu, cores=cores(), load=os.getloadavg()[0], versions=versions
+  )
+
+
+def cores() -> int:
+  return len(os.sched_getaffinity(0))
+
+
+def show_machine(found: dict) -> None:
+  versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
+  print(f"{found['cpu']}, {found['cores']} cores; {versions}")
+
+
+def show_ratios(found: Mapping[str, dict]) -> None:
+  for name, ratio in found.items():
+    aim = f"   (aim: {ratio['aim']})" if ratio["aim"] else ""
+    print(
+      f"{name:32}{ratio['median']:6.2f} "
+      f"[{ratio['least']:.2f}, {ratio['greatest']:.2f}]{aim}"
+    )
+
+
+def keep(found: dict, path: pathlib.Path) -> None:
+  """Adds a record to a file, a line of JSON."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open("a") as file:
+    file.write(json.dumps(found) + "\n")
