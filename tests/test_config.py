@@ -249,3 +249,18 @@ def test_resume_needs_the_same_config(file, tmp_path):
   assert [p.name for p in pathlib.Path(tmp_path).glob("config*")] == [
     "config.json"
   ]
+
+
+def test_a_config_file_may_write_the_mix_as_a_dict(tmp_path):
+  path = tmp_path / "mixed.py"
+  path.write_text(
+    "from vlp_jax.config import default_config\n"
+    "def get_config():\n"
+    "  config = default_config()\n"
+    '  config.data.mix = {"cc12m": 0.7, "coco.jsonl": 0.3}\n'
+    "  return config\n"
+  )
+  config = config_lib.load(str(path))
+  assert config.data.mix == '{"cc12m": 0.7, "coco.jsonl": 0.3}'
+  again = config_lib.from_json(config_lib.to_json(config))
+  assert again.data.mix == config.data.mix

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from vlp_jax.errors import UserError
 from vlp_jax.flags import did_you_mean, parse_flags, parse_value
@@ -53,7 +53,8 @@ def default_config() -> ConfigDict:
       data=dict(
         name="scenes",
         source="",
-        mix="",  # or '{"cc12m": 0.7, "coco": 0.3}', to train on
+        # To train on several: {"cc12m": 0.7, "coco": 0.3}, kept as JSON.
+        mix=config_dict.FieldReference("", field_type=object),
         image_size=64,
         num_workers=0,
         image_key="",
@@ -145,6 +146,8 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     raise UserError(
       f"{path}, line {line}: {type(error).__name__}: {error}"
     ) from error
+  if isinstance(config.data.mix, Mapping):
+    config.data.mix = json.dumps(dict(config.data.mix))
   return override(config, overrides)
 
 

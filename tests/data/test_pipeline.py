@@ -242,12 +242,12 @@ def test_cleaned_captions(config, write_jsonl):
   config.data.source = str(
     write_jsonl([{"captions": captions, "split": "train"}])
   )
-  _, tokenizer = opened(config)
 
   def texts():
     return {tuple(row) for row in rows(take(config, 10), "text").tolist()}
 
   def ids(*captions):
+    _, tokenizer = opened(config)
     return {tuple(tokenizer.encode(c, 12)[0].tolist()) for c in captions}
 
   assert texts() == ids(*captions)

@@ -130,7 +130,8 @@ def test_bad_records_are_counted_and_stop_a_run(folder):
     for i in range(20):
       colour = (12 * i, 0, 100 if name == "a" else 200)
       Image.new("RGB", (64, 64), colour).save(folder / name / f"{i}.png")
-      rows.append({"image": f"{i}.png", "caption": f"picture {i} of {name}"})
+      row = {"image": f"{i}.png", "caption": f"picture {i} of {name}"}
+      rows.append(row | ({"split": "train"} if name == "a" else {}))
     path = folder / name / "pairs.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     lists[str(path)] = 1 if name == "a" else 3
