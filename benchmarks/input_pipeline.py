@@ -10,13 +10,17 @@ The contenders:
   threads      ours, data.num_workers=0: threads of the training process
   workers      ours, data.num_workers=<cores>: processes
   ceiling      decoding, cropping and resizing alone, with the same library and
-               the same numbers, on as many processes; pictures lie in memory
+               the same numbers, on as many processes; pictures lie in memory,
+               and malloc keeps what is freed (else it is slower than ours)
   webdataset   tar shards through webdataset and torch's DataLoader with as many
                processes, transforms as torchvision's on Pillow, and open_clip's
                tokenizer: what open_clip does
+  webdataset_huge  the same with huge pages, which ours have as under
+               `vlp_jax.main` (`vlp_jax/huge_pages.py`)
 
-All share the same pictures. They take turns, round by round; a ratio is taken
-within each round and given as median [least, greatest]. One line of JSON is
+All share the same pictures. They take turns, round by round, and each uses up
+what it has made ahead before its time is taken. A ratio is taken within each
+round and given as median [least, greatest]. One line of JSON is
 added to `--output`. webdataset needs the [parity] extra (docs/parity.md);
 without it its row and ratio are left out.
 
@@ -43,9 +47,11 @@ import tempfile
 import numpy as np
 from PIL import Image
 
-from benchmarks import rounds
+from benchmarks import open_clip_peer, rounds
+from vlp_jax import huge_pages
 
 BATCH, SIZE, PICTURES = 64, 224, 1024
+LEAD = 16  # steps; every contender makes fewer ahead
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 RATIOS = {
@@ -53,7 +59,14 @@ RATIOS = {
   "workers / ceiling": ("ceiling", "workers", ">= 0.85 of its pictures/s"),
   "threads / webdataset": ("webdataset", "threads", ">= 1.5 times"),
   "workers / webdataset": ("webdataset", "workers", ">= 1.5 times"),
+  "threads / webdataset, huge pages": ("webdataset_huge", "threads", ""),
+  "workers / webdataset, huge pages": ("webdataset_huge", "workers", ""),
 }
+# glibc's malloc gives nothing back to the system.
+_KEEP = "glibc.malloc.hugetlb=1" + "".join(
+  f":glibc.malloc.{name}={2**26}"
+  for name in ("mmap_threshold", "trim_threshold", "top_pad")
+)
 PACKAGES = ("grain", "array-record", "pillow", "torch", "webdataset")
 RESULTS = rounds.RESULTS / "input_pipeline.jsonl"
 
@@ -63,7 +76,7 @@ def main() -> None:
   if options.worker:
     facts, run = MAKERS[options.worker](options.data)
     run(3)
-    rounds.serve(facts, run)
+    rounds.serve(facts, run, LEAD)
     return
   if options.peak:
     print(json.dumps(peak(options.peak, options.data)))
@@ -81,7 +94,7 @@ def parse() -> argparse.Namespace:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--rounds", type=int, default=7)
-  parser.add_argument("--steps", type=int, default=10, help="a round")
+  parser.add_argument("--steps", type=int, default=20, help="a round")
   parser.add_argument("--memory", action="store_true")
   parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
   parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
@@ -172,7 +185,7 @@ def make_ceiling(data: pathlib.Path):
       ]
   processes = rounds.cores()
   pool = multiprocessing.get_context("spawn").Pool(
-    processes, _keep, (pictures,)
+    processes, _keep, (pictures, data)
   )
 
   def run(steps: int) -> None:
@@ -181,26 +194,25 @@ def make_ceiling(data: pathlib.Path):
   return {}, run
 
 
-def _keep(pictures: list[bytes]) -> None:
-  global _pictures
+def _keep(pictures: list[bytes], data: pathlib.Path) -> None:
+  from vlp_jax.data import recipe
+
+  global _pictures, _recipe
   _pictures = pictures
+  _recipe = recipe.make_recipe(None, None, config(data, 0))
 
 
 def _decode_and_resize(count: int) -> None:
-  from vlp_jax.data import transforms
-
-  decode, crop = transforms.Decode(), transforms.RandomResizedCrop(SIZE)
-  rng = np.random.default_rng(os.getpid())
+  rng = np.random.default_rng()
   for index in rng.integers(len(_pictures), size=count):
-    crop(decode(_pictures[index]), rng)
+    _recipe.crop(_recipe.decode(_pictures[index]), rng)
 
 
 def make_webdataset(data: pathlib.Path):
-  import open_clip
   import torch
   import webdataset
 
-  tokenize = open_clip.get_tokenizer("ViT-B-32")
+  tokenize = open_clip_peer.load().get_tokenizer("ViT-B-32")
   rng = np.random.default_rng()
   mean = torch.tensor(MEAN).view(3, 1, 1)
   std = torch.tensor(STD).view(3, 1, 1)
@@ -247,6 +259,7 @@ MAKERS = {
   "workers": lambda data: make_ours(data, rounds.cores()),
   "ceiling": make_ceiling,
   "webdataset": make_webdataset,
+  "webdataset_huge": make_webdataset,
 }
 
 
@@ -262,12 +275,17 @@ def prepare(source: pathlib.Path, data: pathlib.Path, *flags: str) -> None:
 def speed(folder: pathlib.Path, options: argparse.Namespace) -> dict:
   write_shards(folder / "shards")
   prepare(folder / "shards", folder / "tfds", "--splits=train:1")
-  names = [n for n in MAKERS if n != "webdataset" or has_webdataset()]
+  names = [n for n in MAKERS if "webdataset" not in n or has_webdataset()]
 
   def start(name: str) -> rounds.Worker:
     sys.argv.append(f"--data={folder}")
+    environ = dict(os.environ)
+    if name == "ceiling":
+      environ["GLIBC_TUNABLES"] = _KEEP
+    elif name != "webdataset":
+      environ = huge_pages.environment(environ) or environ
     try:
-      return rounds.Worker(__spec__.name, name, os.environ)
+      return rounds.Worker(__spec__.name, name, environ)
     finally:
       sys.argv.pop()
 
@@ -285,7 +303,7 @@ def speed(folder: pathlib.Path, options: argparse.Namespace) -> dict:
 
 def has_webdataset() -> bool:
   try:
-    import open_clip  # noqa: F401
+    open_clip_peer.load()
     import webdataset  # noqa: F401
   except ImportError as error:
     print(f"without webdataset: {error}", file=sys.stderr)
@@ -333,7 +351,7 @@ def peak(what: str, data: pathlib.Path) -> float:
 
 def show(found: dict) -> None:
   for name, row in found.get("rows", {}).items():
-    print(f"{name:12}{row['pictures_per_s']:>8.0f} pictures/s")
+    print(f"{name:16}{row['pictures_per_s']:>8.0f} pictures/s")
   for name, value in found.get("peak_mib", {}).items():
     print(f"{name:20}{value:>8.0f} MiB")
   if "ratios" in found:

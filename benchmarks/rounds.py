@@ -1,8 +1,9 @@
 """Contenders that take turns: what comparisons in one run have in common.
 
-Each contender has a process of its own, which waits while another one works.
-Ratios are taken within each round, so that what slows the machine down for a
-while touches both sides.
+Each contender has processes of its own, which are stopped while another one
+works: no thread spins, and nothing is made ahead in another's time. Ratios are
+taken within each round, so that what slows the machine down for a while
+touches both sides.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import pathlib
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -20,11 +22,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 RESULTS = pathlib.Path(__file__).with_name("results")
-_PAUSE = 0.5  # seconds in which the threads of the last one fall asleep
 
 
 class Worker:
-  """One contender: a process that takes numbers of steps, and times them."""
+  """One contender: a process that takes numbers of steps, and times them.
+
+  It runs only between `wake` and `rest`, and so do the processes it starts.
+  """
 
   def __init__(self, module: str, name: str, environ: Mapping[str, str]):
     """Starts `python -m module <the command's arguments> --worker=name`."""
@@ -34,21 +38,36 @@ class Worker:
       stdout=subprocess.PIPE,
       text=True,
       env=dict(environ),
+      start_new_session=True,  # its signals reach what it starts
     )
+    self.facts = self._read()
+    self.rest()
 
-  def ask(self, steps: int) -> None:
+  def time(self, steps: int) -> float:
+    """Lets it run steps; returns their seconds."""
+    self.wake()
     self.process.stdin.write(f"{steps}\n")
     self.process.stdin.flush()
+    seconds = self._read()
+    self.rest()
+    return seconds
 
-  def read(self):
+  def wake(self) -> None:
+    os.killpg(self.process.pid, signal.SIGCONT)
+
+  def rest(self) -> None:
+    os.killpg(self.process.pid, signal.SIGSTOP)
+
+  def close(self) -> None:
+    """Ends it, whatever it does."""
+    os.killpg(self.process.pid, signal.SIGKILL)
+    self.process.wait()
+
+  def _read(self):
     line = self.process.stdout.readline()
     if not line:
       raise SystemExit(f"a process ended: {' '.join(self.process.args)}")
     return json.loads(line)
-
-  def close(self) -> None:
-    self.process.stdin.close()
-    self.process.wait()
 
 
 def compare(
@@ -62,28 +81,33 @@ def compare(
   Returns:
     What each says of itself, and its seconds a step in each round.
   """
-  workers, facts = {}, {}
+  workers: dict[str, Worker] = {}
   seconds: dict[str, list[float]] = {name: [] for name in names}
   try:
     for name in names:  # one compiles at a time
       workers[name] = start(name)
-      facts[name] = workers[name].read()
     for round_number in range(rounds):
       # The order changes, so that none always follows the same one.
       for name in names if round_number % 2 == 0 else names[::-1]:
-        time.sleep(_PAUSE)
-        workers[name].ask(steps)
-        seconds[name].append(workers[name].read() / steps)
+        seconds[name].append(workers[name].time(steps) / steps)
   finally:
     for worker in workers.values():
       worker.close()
-  return facts, seconds
+  return {name: worker.facts for name, worker in workers.items()}, seconds
 
 
-def serve(facts: dict, run: Callable[[int], object]) -> None:
-  """A contender's side: says what it is, then runs steps as it is asked to."""
+def serve(facts: dict, run: Callable[[int], object], lead: int = 0) -> None:
+  """A contender's side: says what it is, then runs steps as it is asked to.
+
+  Args:
+    facts: what it is.
+    run: runs so many steps.
+    lead: steps that run before those that count. What was made ahead is used
+      up in them.
+  """
   print(json.dumps(facts), flush=True)
   for line in sys.stdin:
+    run(lead)
     begin = time.perf_counter()
     run(int(line))
     print(json.dumps(time.perf_counter() - begin), flush=True)

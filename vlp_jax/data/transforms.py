@@ -244,7 +244,8 @@ def _upright(image: Image.Image) -> Image.Image:
   """Turns a picture as its EXIF orientation says."""
   if image.format == "PNG" and _PNG_EXIF.isdisjoint(image.info):
     return image  # looking again costs a fifth of a small PNG's decoding
-  return ImageOps.exif_transpose(image)
+  ImageOps.exif_transpose(image, in_place=True)  # else it is a copy
+  return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,8 +1,10 @@
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import tracemalloc
 
@@ -242,17 +244,32 @@ def test_merged():
   }
 
 
-def test_memory_does_not_grow_with_the_source(tmp_path):
+@pytest.mark.parametrize("kind", ["jsonl", "tar"])
+def test_memory_does_not_grow_with_the_source(tmp_path, kind):
   (tmp_path / "x.png").write_bytes(png("red"))
-  path = tmp_path / "pairs.jsonl"
+  path = tmp_path / f"pairs.{kind}"
   peaks = []
   for rows in (1000, 3000):
-    with path.open("w") as file:
-      for i in range(rows):
-        row = {"image": "x.png", "image_id": i, "caption": "x" * 2000}
-        file.write(json.dumps(row) + "\n")
+    write = {"jsonl": write_list, "tar": write_tar}[kind]
+    write(path, rows)
     tracemalloc.start()
     toy.prepare(path, tmp_path / str(rows), "--num_workers=1")
     peaks.append(tracemalloc.get_traced_memory()[1])
     tracemalloc.stop()
   assert peaks[1] - peaks[0] < 2**20  # of 4 MB more captions
+
+
+def write_list(path, rows):
+  with path.open("w") as file:
+    for i in range(rows):
+      row = {"image": "x.png", "image_id": i, "caption": "x" * 2000}
+      file.write(json.dumps(row) + "\n")
+
+
+def write_tar(path, rows):
+  with tarfile.open(path, "w") as tar:
+    for i in range(rows):
+      for suffix, data in ("png", png("red")), ("txt", b"x" * 2000):
+        info = tarfile.TarInfo(f"{i:06d}.{suffix}")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))

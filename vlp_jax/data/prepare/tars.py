@@ -59,7 +59,8 @@ def _members(
   plain = path.suffix.lower() == ".tar"
   try:
     with tarfile.open(path, "r:" if plain else "r|*") as tar:
-      for member in tar:
+      for member in iter(tar.next, None):
+        tar.members.clear()  # it would keep them all
         if member.isdir():
           continue
         folder, name = posixpath.split(member.name)
