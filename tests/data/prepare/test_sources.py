@@ -35,6 +35,12 @@ def test_commands_read_what_was_prepared(tmp_path, monkeypatch):
   assert source[0]["image"] in [png(color) for color in toy.COLORS.values()]
 
 
+def test_a_list_with_a_name_of_its_own_in_a_folder_is_pointed_at(tmp_path):
+  path = toy.jsonl(tmp_path / "source", "pairs.jsonl")
+  with pytest.raises(UserError, match=f"give --source={path}$"):
+    toy.prepare(path.parent, tmp_path / "data", "--max_bad=100%")
+
+
 def test_given_columns_and_fields_that_are_kept(tmp_path):
   (tmp_path / "x.png").write_bytes(png("red"))
   (tmp_path / "y.png").write_bytes(png("red"))

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from vlp_jax.data.prepare.entries import Tally
+from vlp_jax.data.prepare.lists import SUFFIXES
 from vlp_jax.errors import UserError
 
 NAME = "prepare_report.json"
@@ -77,7 +78,17 @@ def nothing(source: str, tally: Tally) -> str:
     return (
       f"--source={source} is empty: no pictures with captions were found in it"
     )
-  return f"--source={source}: nothing can be used: {_leading(tally)}"
+  reasons = f"--source={source}: nothing can be used: {_leading(tally)}"
+  return reasons + _hint(pathlib.Path(source).expanduser())
+
+
+def _hint(folder: pathlib.Path) -> str:
+  """Names a list that lies in a folder under a name of its own."""
+  names = sorted(folder.iterdir()) if folder.is_dir() else []
+  lists = [path for path in names if path.suffix.lower() in SUFFIXES]
+  if not lists:
+    return ""
+  return f"; if {lists[0].name} lists them, give --source={lists[0]}"
 
 
 def _leading(tally: Tally) -> str:
