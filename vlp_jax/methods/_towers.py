@@ -6,9 +6,16 @@ import jax
 import jax.numpy as jnp
 
 from vlp_jax.errors import UserError
-from vlp_jax.models.heads import LogitScale, TextProjection, VocabularyHead
+from vlp_jax.models.heads import (
+  LogitScale,
+  Projection,
+  Temperature,
+  TextProjection,
+  VocabularyHead,
+  WordHead,
+)
 from vlp_jax.models.poolers import KINDS, ImagePool
-from vlp_jax.models.stream import Stream
+from vlp_jax.models.stream import SingleStream, Stream
 from vlp_jax.models.text import POOLS, TextTower
 from vlp_jax.models.transformer import (
   ACTIVATIONS,
@@ -147,3 +154,99 @@ def stream(config, tower, scheme: str = "clip") -> Stream:
     config, tower, cross=True, cross_mlp=tower.cross_mlp, scheme=scheme
   )
   return Stream(stack, dtype(config))
+
+
+def fusion(config, *, mask_token: bool = False) -> dict:
+  """Returns the fields of `FusionEncoder` as a dict.
+
+  A pre-norm vision transformer as DeiT's, and a post-norm BERT; the epsilons
+  of their norms are those of the published weights.
+
+  Args:
+    config: the run's config.
+    mask_token: whether patches can be hidden.
+  """
+  model, kind = config.model, dtype(config)
+  vision, text = model.vision, model.stream
+  check("model.vision.positions", vision.positions, POSITIONS)
+  check("model.vision.stem", vision.stem, STEMS)
+  if not 0 <= text.text_depth < text.depth:
+    raise UserError(
+      f"config.model.stream.text_depth={text.text_depth} of depth={text.depth} "
+      "layers are for text alone: 0, or fewer than all"
+    )
+  side = config.data.image_size // vision.patch_size
+
+  def stack(depth, **fields):
+    tower = text.copy_and_resolve_references()
+    tower.depth = depth
+    return transformer(
+      config,
+      tower,
+      post_norm=True,
+      epsilon=1e-12,
+      dropout=text.dropout,
+      scheme="bert",
+      **fields,
+    )
+
+  return dict(
+    vision=VisionTower(
+      patch_size=vision.patch_size,
+      grid=(side, side),
+      transformer=transformer(config, vision, epsilon=1e-6, scheme="bert"),
+      cls_token=True,
+      stem=vision.stem,
+      positions=vision.positions,
+      pre_norm=False,
+      stem_bias=True,
+      mask_token=mask_token,
+      dtype=kind,
+    ),
+    stream=SingleStream(
+      vocab_size=config.tokenizer.vocab_size,
+      max_len=text.max_len,
+      transformer=stack(text.depth - text.text_depth, cross=True),
+      text_transformer=stack(text.text_depth) if text.text_depth else None,
+      dropout=text.dropout,
+      dtype=kind,
+    ),
+    image_projection=Projection(model.embed_dim),
+    text_projection=Projection(model.embed_dim),
+    matching=Projection(2),
+    words=WordHead(config.tokenizer.vocab_size, dtype=kind),
+    temperature=Temperature(),
+  )
+
+
+def fusion_options(config) -> dict:
+  """Returns the fields of `FusionMethod`, checked, from `config.method`."""
+  options = {k: v for k, v in config.method.items() if k != "name"}
+  options["match_group"] = options["match_group"] or config.batch_size
+  if config.batch_size < 2 or options["match_group"] < 2:
+    raise UserError(
+      f"config.batch_size={config.batch_size} and config.method.match_group="
+      f"{options['match_group']}: matching needs a second pair for its "
+      "negatives"
+    )
+  if 0 < options["queue_size"] < config.batch_size:
+    raise UserError(
+      f"config.method.queue_size={options['queue_size']} is smaller than "
+      f"config.batch_size={config.batch_size}; give at least as many, or 0"
+    )
+  if not 0 <= options["mask_id"] < config.tokenizer.vocab_size:
+    raise UserError(
+      f"config.method.mask_id={options['mask_id']} is no id of a vocabulary of "
+      f"config.tokenizer.vocab_size={config.tokenizer.vocab_size}"
+    )
+  depth = config.model.stream.depth - config.model.stream.text_depth
+  if not 0 <= options["grounding_layer"] < depth:
+    raise UserError(
+      f"config.method.grounding_layer={options['grounding_layer']}: the layers "
+      f"with cross-attention are 0 to {depth - 1}"
+    )
+  if config.ema.decay <= 0:
+    raise UserError(
+      "the momentum teacher needs config.ema.decay above 0 (0.995 in ALBEF)"
+    )
+  return options

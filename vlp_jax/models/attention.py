@@ -19,11 +19,13 @@ class SelfAttention(nn.Module):
   Attributes:
     num_heads: N; the width must be a multiple.
     inits: the stack's initializers.
+    dropout: rate at which probabilities are dropped; see `Dropout`.
     dtype: of the matrix products.
   """
 
   num_heads: int
   inits: BlockInit
+  dropout: float = 0.0
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -44,7 +46,9 @@ class SelfAttention(nn.Module):
       position: int32 scalar, the place of the one token of `x` in the cache.
 
     Returns:
-      `[B, T, D]`, and the cache with this token's keys and values in it.
+      `[B, T, D]`, and the cache with this token's keys and values in it. The
+      probabilities `[B, N, T, T]` go to the collection `self_attention`, where
+      that is mutable.
     """
     width = x.shape[-1]
     qkv = DenseGeneral(
@@ -60,9 +64,9 @@ class SelfAttention(nn.Module):
         for old, new in zip(cache, (k, v), strict=True)
       )
       mask = (jnp.arange(k.shape[1]) <= position)[None, None]
-    return Out(self.inits, self.dtype, name="out")(
-      attend(q, k, v, mask)[0]
-    ), cache
+    attended, probabilities = attend(q, k, v, mask, Dropout(self.dropout))
+    self.sow("self_attention", "map", probabilities)
+    return Out(self.inits, self.dtype, name="out")(attended), cache
 
 
 class CrossAttention(nn.Module):
@@ -73,6 +77,7 @@ class CrossAttention(nn.Module):
 
   num_heads: int
   inits: BlockInit
+  dropout: float = 0.0
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -89,6 +94,7 @@ class CrossAttention(nn.Module):
       dtype=self.dtype,
     )
     self.out = Out(self.inits, self.dtype)
+    self.drop = Dropout(self.dropout)
 
   def project(self, context: jax.Array) -> KeysValues:
     """Returns keys and values `[B, S, N, H]` of a context `[B, S, C]`."""
@@ -106,10 +112,32 @@ class CrossAttention(nn.Module):
       mask: bool `[B or 1, T or 1, S]`, True = attend.
 
     Returns:
-      `[B, T, D]` and the probabilities `[B, N, T, S]`.
+      `[B, T, D]` and the probabilities `[B, N, T, S]`. What the collection
+      `perturbations` holds is added to them before they weigh the values: a
+      gradient with respect to it is one with respect to them.
     """
-    attended, probabilities = attend(self.q(x), *keys_values, mask)
+
+    def through(probabilities):
+      return self.perturb("attention_map", self.drop(probabilities))
+
+    attended, probabilities = attend(self.q(x), *keys_values, mask, through)
     return self.out(attended), probabilities
+
+
+class Dropout(nn.Module):
+  """Dropout that is on where the key `dropout` is given to `apply`.
+
+  Attributes:
+    rate: share of numbers that become zero.
+  """
+
+  rate: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Keeps each number with probability 1 - rate, scaled by its inverse."""
+    off = not self.has_rng("dropout")
+    return nn.Dropout(self.rate, deterministic=off)(x)
 
 
 class Out(nn.Module):

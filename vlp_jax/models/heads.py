@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from vlp_jax.models import initializers
 from vlp_jax.models.dense import Dense
-from vlp_jax.models.transformer import layer_norm
+from vlp_jax.models.transformer import gelu, layer_norm
 from vlp_jax.ops import linear
 
 
@@ -148,3 +148,62 @@ class PixelHead(nn.Module):
       kernel_init=nn.initializers.xavier_uniform(),
       name="pixels",
     )(x.astype(jnp.float32))
+
+
+class Projection(nn.Module):
+  """A matrix and a bias, in float32, that start as PyTorch's do.
+
+  Attributes:
+    features: E.
+  """
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps `[..., D]` to float32 `[..., E]`."""
+    bound = initializers.uniform(x.shape[-1] ** -0.5)
+    return Dense(
+      self.features, kernel_init=bound, bias_init=bound, name="projection"
+    )(x.astype(jnp.float32))
+
+
+class Temperature(nn.Module):
+  """What contrastive logits are divided by; ALBEF keeps it in [0.001, 0.5].
+
+  Attributes:
+    start: its starting value.
+  """
+
+  start: float = 0.07
+
+  @nn.compact
+  def __call__(self) -> jax.Array:
+    """Returns the temperature, a scalar."""
+    return self.param("value", nn.initializers.constant(self.start), ())
+
+
+class WordHead(nn.Module):
+  """BERT's head for hidden words, before the product with the embeddings.
+
+  Attributes:
+    vocab_size: V.
+    epsilon: of the norm.
+    dtype: of the matrix product.
+  """
+
+  vocab_size: int
+  epsilon: float = 1e-12
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Maps `[..., D]` to `[..., D]`; returns that, and a bias `[V]`."""
+    x = Dense(
+      x.shape[-1],
+      kernel_init=initializers.normal(0.02),
+      dtype=self.dtype,
+      name="transform",
+    )(x)
+    x = layer_norm("norm", self.dtype, self.epsilon)(gelu(x))
+    return x, self.param("bias", nn.initializers.zeros, (self.vocab_size,))

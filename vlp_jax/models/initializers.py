@@ -6,6 +6,7 @@
   towers: Xavier over the packed query-key-value matrix, U(-1, 1) / sqrt(fan
   in) elsewhere.
 - `xavier`: Xavier per matrix and zero biases, as in MAE's decoder.
+- `bert`: N(0, 0.02^2) and zero biases (Devlin et al. 2019, as published).
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import jax
 from flax import linen as nn
 
 Initializer = jax.nn.initializers.Initializer
-SCHEMES = ("clip", "torch", "xavier")
+SCHEMES = ("clip", "torch", "xavier", "bert")
 
 
 def uniform(bound: float) -> Initializer:
@@ -51,6 +52,8 @@ class BlockInit:
 
   def project(self) -> Initializer:
     """Query, key and value matrices; the first axis is the fan in."""
+    if self.scheme == "bert":
+      return normal(0.02)
 
     def init(key, shape, dtype=float):
       fan_in = shape[0]
@@ -64,6 +67,8 @@ class BlockInit:
 
   def write(self, fan_in: int) -> Initializer:
     """Matrices that write to the residual stream."""
+    if self.scheme == "bert":
+      return normal(0.02)
     if self.scheme == "clip":
       return normal((self.width * self.branches) ** -0.5)
     if self.scheme == "torch":
@@ -72,6 +77,8 @@ class BlockInit:
 
   def up(self, hidden: int) -> Initializer:
     """The first matrix of the MLP."""
+    if self.scheme == "bert":
+      return normal(0.02)
     if self.scheme == "clip":
       return normal((2 * self.width) ** -0.5)
     if self.scheme == "torch":
@@ -80,6 +87,6 @@ class BlockInit:
 
   def mlp_bias(self, fan_in: int) -> Initializer:
     """Biases of the MLP; attention's biases are zero in every scheme."""
-    if self.scheme == "xavier":
+    if self.scheme in ("xavier", "bert"):
       return nn.initializers.zeros
     return uniform(fan_in**-0.5)

@@ -1,4 +1,8 @@
-"""The single-stream encoder: one stack that either modality can go through."""
+"""Single-stream encoders: one stack that either modality can go through.
+
+`Stream` continues another tower (a captioner's decoder, an image decoder).
+`SingleStream` is SIMLA's and ALBEF's language model, from token ids on.
+"""
 
 from typing import Any
 
@@ -6,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vlp_jax.models.attention import KeysValues
+from vlp_jax.models import initializers
+from vlp_jax.models.attention import Dropout, KeysValues
 from vlp_jax.models.transformer import Transformer, layer_norm
 from vlp_jax.ops import masks
 
@@ -62,3 +67,102 @@ class Stream(nn.Module):
     """Runs one more token `[B, 1, D]`; see `Transformer.decode`."""
     x, cache = self.transformer.decode(x, cache, position, keys_values)
     return self.norm(x), cache
+
+
+class SingleStream(nn.Module):
+  """One BERT with cross-attention, used in three ways (Khan et al. 2022).
+
+  Its weights encode text alone, text given a picture, and a picture given
+  text; which of them runs is static. With `text_transformer` text first goes
+  through layers of its own, and those with cross-attention continue from
+  there: ALBEF's 6 + 6 layers (Li et al. 2021).
+
+  Attributes:
+    vocab_size: V.
+    max_len: the most tokens, or patches and [CLS], that have positions.
+    transformer: the stack with cross-attention, post-norm.
+    text_transformer: layers for text alone, or None: then text alone goes
+      through `transformer`, without its cross-attention.
+    dropout: rate after the embeddings.
+    dtype: of the matrix products.
+  """
+
+  vocab_size: int
+  max_len: int
+  transformer: Transformer
+  text_transformer: Transformer | None = None
+  dropout: float = 0.0
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    width, init = self.transformer.width, initializers.normal(0.02)
+    self.embedding = nn.Embed(
+      self.vocab_size, width, embedding_init=init, dtype=self.dtype
+    )
+    self.pos = self.param("pos", init, (self.max_len, width))
+    self.norm = layer_norm(dtype=self.dtype, epsilon=self.transformer.epsilon)
+    self.drop = Dropout(self.dropout)
+
+  def embed(self, text: jax.Array) -> jax.Array:
+    """Embeds tokens, int32 `[B, L]`: `[B, L, D]`, normed, with positions."""
+    return self._place(self.embedding(text))
+
+  def read(self, x: jax.Array, text_len: jax.Array) -> jax.Array:
+    """Text alone: `[B, L, D]` of `embed` to `[B, L, D]`."""
+    return (self.text_transformer or self.transformer)(x, _text(x, text_len))
+
+  def project(self, context: jax.Array) -> KeysValues:
+    """Keys and values of a context `[B, S, C]`, in every layer."""
+    return self.transformer.project(context)
+
+  def text_given_image(
+    self,
+    x: jax.Array,
+    text_len: jax.Array,
+    keys_values: KeysValues,
+    rows: jax.Array,
+  ) -> jax.Array:
+    """Text that attends to pictures.
+
+    Args:
+      x: `[M, L, D]` of `embed`, or with layers for text alone of `read`.
+      text_len: int32 `[M]`.
+      keys_values: of `project`, for B pictures.
+      rows: int `[G, M / G]`, the picture of each text; see
+        `transformer.take_rows`.
+
+    Returns:
+      `[M, L, D]`.
+    """
+    return self.transformer(
+      x, _text(x, text_len), keys_values=keys_values, rows=rows
+    )
+
+  def image_given_text(
+    self, patches: jax.Array, x: jax.Array, text_len: jax.Array
+  ) -> jax.Array:
+    """Pictures that attend to text, through the same weights.
+
+    Args:
+      patches: the vision tower's output `[B, S, D]`; S at most `max_len`. It
+        gets the positions of text, as if it were words.
+      x: `[B, L, D]` of `embed`.
+      text_len: int32 `[B]`.
+
+    Returns:
+      `[B, S, D]`.
+    """
+    mask = masks.valid(text_len, x.shape[1])[:, None]
+    return self.transformer(self._place(patches), None, x, mask)
+
+  def token_logits(self, x: jax.Array) -> jax.Array:
+    """Products `[..., V]` of vectors `[..., D]` with the word embeddings."""
+    return self.embedding.attend(x)
+
+  def _place(self, x: jax.Array) -> jax.Array:
+    return self.drop(self.norm(x + self.pos[: x.shape[1]].astype(x.dtype)))
+
+
+def _text(x: jax.Array, text_len: jax.Array) -> jax.Array:
+  """Every token attends to all real ones: bool `[B, 1, L]`."""
+  return masks.valid(text_len, x.shape[1])[:, None]

@@ -7,7 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vlp_jax.models.attention import CrossAttention, KeysValues, SelfAttention
+from vlp_jax.models.attention import (
+  CrossAttention,
+  Dropout,
+  KeysValues,
+  SelfAttention,
+)
 from vlp_jax.models.dense import Dense
 from vlp_jax.models.initializers import BlockInit
 
@@ -48,12 +53,28 @@ REMAT_POLICIES = {
 
 
 def layer_norm(
-  name: str | None = None, dtype: Any = jnp.float32
+  name: str | None = None, dtype: Any = jnp.float32, epsilon: float = 1e-5
 ) -> nn.LayerNorm:
-  """Layer norm with open_clip's epsilon; statistics are float32 always."""
+  """Layer norm, by default open_clip's; statistics are float32 always."""
   return nn.LayerNorm(
-    epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name
+    epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name
   )
+
+
+def take_rows(array: jax.Array, rows: jax.Array) -> jax.Array:
+  """Gathers rows inside groups: no group needs what another one holds.
+
+  Args:
+    array: `[G g, ...]`, G groups of g consecutive rows.
+    rows: int `[G, M]`, places in the group, 0 to g - 1.
+
+  Returns:
+    `[G M, ...]`.
+  """
+  rest = array.shape[1:]
+  grouped = array.reshape(rows.shape[0], -1, *rest)
+  index = rows.reshape(*rows.shape, *(1,) * len(rest))
+  return jnp.take_along_axis(grouped, index, axis=1).reshape(-1, *rest)
 
 
 class MLP(nn.Module):
@@ -84,7 +105,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  """A pre-norm block: self-attention, cross-attention if asked for, MLP.
+  """A block: self-attention, cross-attention if asked for, MLP.
 
   Attributes:
     num_heads: heads of either attention.
@@ -94,6 +115,10 @@ class Block(nn.Module):
     cross_mlp: whether another MLP comes between self- and cross-attention, as
       in open_clip's text decoder, where each of the two is a whole block.
     activation: a name in `ACTIVATIONS`.
+    post_norm: norm the sum of a branch and its input, as BERT does, and not
+      the branch's input; a context is then taken as it is.
+    epsilon: of the norms.
+    dropout: rate, on every branch and on attention's probabilities.
     dtype: of the matrix products.
   """
 
@@ -103,32 +128,38 @@ class Block(nn.Module):
   cross: bool = False
   cross_mlp: bool = False
   activation: str = "gelu"
+  post_norm: bool = False
+  epsilon: float = 1e-5
+  dropout: float = 0.0
   dtype: Any = jnp.float32
 
   def setup(self):
     def norm():
-      return layer_norm(dtype=self.dtype)
+      return layer_norm(dtype=self.dtype, epsilon=self.epsilon)
 
     def mlp():
       return MLP(self.mlp_dim, self.activation, self.inits, self.dtype)
 
     self.self_norm = norm()
-    self.self_attention = SelfAttention(self.num_heads, self.inits, self.dtype)
+    attention = (self.num_heads, self.inits, self.dropout, self.dtype)
+    self.self_attention = SelfAttention(*attention)
     if self.cross:
       self.cross_norm = norm()
-      self.context_norm = norm()
-      self.cross_attention = CrossAttention(
-        self.num_heads, self.inits, self.dtype
-      )
+      if not self.post_norm:
+        self.context_norm = norm()
+      self.cross_attention = CrossAttention(*attention)
       if self.cross_mlp:
         self.self_mlp_norm = norm()
         self.self_mlp = mlp()
     self.mlp_norm = norm()
     self.mlp = mlp()
+    self.drop = Dropout(self.dropout)
 
   def project(self, carry: None, context: jax.Array):
     """Keys and values of a context `[B, S, D]`, for `keys_values`."""
-    return carry, self.cross_attention.project(self.context_norm(context))
+    if not self.post_norm:
+      context = self.context_norm(context)
+    return carry, self.cross_attention.project(context)
 
   def __call__(
     self,
@@ -139,22 +170,36 @@ class Block(nn.Module):
     position: jax.Array | None,
     cache: KeysValues | None,
     keys_values: KeysValues | None,
+    rows: jax.Array | None,
   ) -> tuple[jax.Array, KeysValues | None]:
-    attended, cache = self.self_attention(
-      self.self_norm(x), mask, cache, position
-    )
-    x = x + attended
-    if context is not None or keys_values is not None:
-      if self.cross_mlp:
-        x = x + self.self_mlp(self.self_mlp_norm(x))
-      if keys_values is None:
-        keys_values = self.project(None, context)[1]
+    def add(norm, branch):
+      """Puts a branch on the residual stream, before or after its norm."""
+      if self.post_norm:
+        return norm(x + self.drop(branch(x)))
+      return x + self.drop(branch(norm(x)))
+
+    def attend_to_itself(x):
+      nonlocal cache
+      attended, cache = self.self_attention(x, mask, cache, position)
+      return attended
+
+    def attend_to_context(x):
       attended, probabilities = self.cross_attention(
-        self.cross_norm(x), keys_values, context_mask
+        x, keys_values, context_mask
       )
       self.sow("intermediates", "attention_map", probabilities)
-      x = x + attended
-    return x + self.mlp(self.mlp_norm(x)), cache
+      return attended
+
+    x = add(self.self_norm, attend_to_itself)
+    if context is not None or keys_values is not None:
+      if self.cross_mlp:
+        x = add(self.self_mlp_norm, self.self_mlp)
+      if keys_values is None:
+        keys_values = self.project(None, context)[1]
+      if rows is not None:
+        keys_values = tuple(take_rows(x, rows) for x in keys_values)
+      x = add(self.cross_norm, attend_to_context)
+    return add(self.mlp_norm, self.mlp), cache
 
 
 class Transformer(nn.Module):
@@ -172,6 +217,7 @@ class Transformer(nn.Module):
     cross: whether blocks can attend to a context (of any width).
     cross_mlp: see `Block`.
     activation: a name in `ACTIVATIONS`.
+    post_norm, epsilon, dropout: see `Block`.
     scheme: a name in `initializers.SCHEMES`.
     scan: run the layers as a loop (compiles once) or unrolled.
     remat: recompute activations in the backward pass: `none`, or a name in
@@ -186,6 +232,9 @@ class Transformer(nn.Module):
   cross: bool = False
   cross_mlp: bool = False
   activation: str = "gelu"
+  post_norm: bool = False
+  epsilon: float = 1e-5
+  dropout: float = 0.0
   scheme: str = "clip"
   scan: bool = True
   remat: str = "none"
@@ -200,8 +249,13 @@ class Transformer(nn.Module):
         Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False
       )
     lift = dict(
-      variable_axes={"params": 0, "intermediates": 0},
-      split_rngs={"params": True},
+      variable_axes={
+        "params": 0,
+        "intermediates": 0,
+        "self_attention": 0,
+        "perturbations": 0,
+      },
+      split_rngs={"params": True, "dropout": True},
       length=self.depth,
       unroll=1 if self.scan else self.depth,
     )
@@ -209,7 +263,7 @@ class Transformer(nn.Module):
     stack = nn.scan(
       block,
       methods={
-        "__call__": dict(in_axes=(same, same, same, same, 0, 0), **lift),
+        "__call__": dict(in_axes=(same,) * 4 + (0, 0, same), **lift),
         "project": dict(in_axes=(same,), **lift),
       },
     )
@@ -221,6 +275,9 @@ class Transformer(nn.Module):
       cross=self.cross,
       cross_mlp=self.cross_mlp,
       activation=self.activation,
+      post_norm=self.post_norm,
+      epsilon=self.epsilon,
+      dropout=self.dropout,
       dtype=self.dtype,
     )
 
@@ -230,6 +287,8 @@ class Transformer(nn.Module):
     mask: jax.Array | None = None,
     context: jax.Array | None = None,
     context_mask: jax.Array | None = None,
+    keys_values: KeysValues | None = None,
+    rows: jax.Array | None = None,
   ) -> jax.Array:
     """Runs the stack.
 
@@ -238,11 +297,16 @@ class Transformer(nn.Module):
       mask: bool `[B or 1, T, T]`, True = attend; None attends everywhere.
       context: `[B, S, D]`; None skips the cross-attention of every block.
       context_mask: bool `[B or 1, T or 1, S]`.
+      keys_values: what `project` returned for a context, instead of it.
+      rows: which row of `keys_values` each row of `x` attends to; see
+        `take_rows`.
 
     Returns:
       `[B, T, D]`.
     """
-    return self.layers(x, mask, context, context_mask, None, None, None)[0]
+    return self.layers(
+      x, mask, context, context_mask, None, None, keys_values, rows
+    )[0]
 
   def project(self, context: jax.Array) -> KeysValues:
     """Keys and values of a context in every layer: `[layers, B, S, N, H]`."""
@@ -266,7 +330,7 @@ class Transformer(nn.Module):
     Returns:
       `[B, 1, D]` and the new cache.
     """
-    return self.layers(x, None, None, None, position, cache, keys_values)
+    return self.layers(x, None, None, None, position, cache, keys_values, None)
 
   def empty_cache(self, batch_size: int, length: int) -> KeysValues:
     """Returns room for `length` tokens: two of `[layers, B, length, N, H]`."""

@@ -17,7 +17,7 @@ STEMS = ("linear", "hmlp")
 
 
 class LinearStem(nn.Module):
-  """A bias-free matrix from pixels to channels, the same for every patch.
+  """A matrix from pixels to channels, the same for every patch.
 
   It is a convolution whose stride is its size, and its kernel is stored as
   one; as a product it is faster on a CPU and shares its input with the
@@ -26,11 +26,13 @@ class LinearStem(nn.Module):
   Attributes:
     patch_size: side of a patch, in pixels.
     width: channels D.
+    use_bias: whether a bias is added; CLIP has none, ViT and DeiT have one.
     dtype: of the matrix product.
   """
 
   patch_size: int
   width: int
+  use_bias: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -43,7 +45,11 @@ class LinearStem(nn.Module):
       (self.patch_size, self.patch_size, 3, self.width),
     )
     kernel = kernel.reshape(fan_in, self.width).astype(self.dtype)
-    return linear.matmul(pixels.astype(self.dtype), kernel)
+    x = linear.matmul(pixels.astype(self.dtype), kernel)
+    if self.use_bias:
+      zeros = nn.initializers.zeros
+      x += self.param("bias", zeros, (self.width,)).astype(self.dtype)
+    return x
 
 
 class HMLPStem(nn.Module):
@@ -97,6 +103,8 @@ class VisionTower(nn.Module):
     stem: from a patch's pixels to channels: `linear`, or `hmlp`.
     positions: `learned`, or `sincos` (learned, starting from sine-cosine).
     pre_norm: whether a layer norm precedes the stack, as in CLIP.
+    stem_bias: whether a linear stem has a bias.
+    mask_token: whether there is a learned token that hides patches.
     dtype: of the matrix products.
   """
 
@@ -107,12 +115,16 @@ class VisionTower(nn.Module):
   stem: str = "linear"
   positions: str = "learned"
   pre_norm: bool = True
+  stem_bias: bool = False
+  mask_token: bool = False
   dtype: Any = jnp.float32
 
   def setup(self):
     width = self.transformer.width
     if self.stem == "linear":
-      self.patch = LinearStem(self.patch_size, width, self.dtype)
+      self.patch = LinearStem(
+        self.patch_size, width, self.stem_bias, self.dtype
+      )
     else:
       self.patch = HMLPStem(
         self.patch_size, width, self.transformer.activation, self.dtype
@@ -127,14 +139,20 @@ class VisionTower(nn.Module):
     if self.cls_token:
       self.cls = self.param("cls", init, (width,))
       self.cls_pos = self.param("cls_pos", init, (width,))
+    if self.mask_token:
+      self.hidden = self.param("mask_token", nn.initializers.zeros, (width,))
     if self.pre_norm:
       self.norm = layer_norm(dtype=self.dtype)
 
-  def embed(self, image: jax.Array) -> jax.Array:
+  def embed(
+    self, image: jax.Array, hidden: jax.Array | None = None
+  ) -> jax.Array:
     """Cuts pictures into patch tokens with positions.
 
     Args:
       image: uint8 `[B, H, W, 3]`; sides are multiples of the patch size.
+      hidden: bool `[B, N]`, the patches of which only the place is known (as
+        in BEiT, Bao et al. 2022); None hides nothing.
 
     Returns:
       `[B, N, D]`, row by row.
@@ -142,7 +160,11 @@ class VisionTower(nn.Module):
     pixels = patches_lib.patch_pixels(image, self.patch_size)
     shape = tuple(side // self.patch_size for side in image.shape[1:3])
     pos = patches_lib.resize_positions(self.pos, self.grid, shape)
-    return self.patch(pixels) + pos.astype(self.dtype)
+    tokens = self.patch(pixels)
+    if hidden is not None:
+      mask_token = self.hidden.astype(tokens.dtype)
+      tokens = jnp.where(hidden[..., None], mask_token, tokens)
+    return tokens + pos.astype(self.dtype)
 
   def encode(self, tokens: jax.Array) -> tuple[jax.Array | None, jax.Array]:
     """Lets tokens attend to each other.

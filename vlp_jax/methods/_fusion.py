@@ -1,0 +1,472 @@
+"""What ALBEF and SIMLA share: momentum contrast, matching, hidden words.
+
+Li et al. 2021, "Align before fuse", arXiv 2107.07651, sections 3.2 and 3.4;
+Khan et al. 2022 (SIMLA), section 2. Also the capabilities that evaluators ask
+for: embeddings, match scores, and where in a picture a text is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vlp_jax.losses import distillation, matching
+from vlp_jax.methods.base import Batch, Coupled, Mean, Params
+from vlp_jax.models.transformer import take_rows
+from vlp_jax.ops import masking, masks, rng, token_mask
+from vlp_jax.ops.token_mask import HiddenWords
+
+TEMPERATURE = (0.001, 0.5)  # where it is kept
+
+
+class Embeddings(NamedTuple):
+  """Unit embeddings of pictures and of captions, `[B, E]` each."""
+
+  image: jax.Array
+  text: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class FusionMethod:
+  """What every method does whose module is a `models.FusionEncoder`.
+
+  Attributes:
+    module: the linen module; its parameters are the method's.
+    match_group: examples among which matching draws its negatives.
+    mask_id: the id that hides a word.
+    mask_ratio: share of words that are hidden.
+    alpha: the teacher's weight in soft targets, once it has grown to it.
+    alpha_ramp_steps: updates in which it grows from 0.
+    queue_size: the teacher's embeddings of earlier examples, as further
+      negatives; 0 takes the batch alone.
+    same_image: whether pairs of the same picture are left out of negatives
+      (in ALBEF's and SIMLA's releases they are not).
+    teacher_dropout: whether the teacher's dropout is on (in the releases it
+      is).
+    grounding_layer: whose cross-attention `patch_text_map` reads, from 0.
+  """
+
+  module: nn.Module
+  match_group: int
+  mask_id: int
+  mask_ratio: float = 0.15
+  alpha: float = 0.4
+  alpha_ramp_steps: int = 1
+  queue_size: int = 0
+  same_image: bool = True
+  teacher_dropout: bool = False
+  grounding_layer: int = 0
+  uses_ema = True
+
+  # --- What the step asks for ------------------------------------------------
+
+  def init(self, key: jax.Array, batch: Batch):
+    """Makes parameters, and queues of random unit embeddings."""
+    params_key, image_key, text_key = jax.random.split(key, 3)
+    variables = self.module.init(
+      params_key, batch["image"], batch["text"], batch["text_len"]
+    )
+    if not self.queue_size:
+      return variables["params"], {}
+    shape = (self.queue_size, self.module.image_projection.features)
+
+    def draw(key):
+      rows = jax.random.normal(key, shape)
+      return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+
+    state = {
+      "image_queue": draw(image_key),
+      "text_queue": draw(text_key),
+      "queue_id": jnp.full((self.queue_size,), -1, jnp.int32),
+      "queue_pointer": jnp.int32(0),
+    }
+    return variables["params"], state
+
+  def project(self, params: Params) -> Params:
+    """Keeps the temperature between 0.001 and 0.5."""
+    value = jnp.clip(params["temperature"]["value"], *TEMPERATURE)
+    return {**params, "temperature": {"value": value}}
+
+  def couple(self, params, shared, batch, ctx) -> Coupled:
+    """ITC: contrast with the teacher's batch and its queue."""
+    text, image = shared["teacher_text"], shared["teacher_image"]
+    state, ids = ctx.method_state, batch["image_id"]
+    key_ids, size = ids, len(ids)
+    text_keys, image_keys = text, image
+    if self.queue_size:
+      text_keys = jnp.concatenate([text, state["text_queue"]])
+      image_keys = jnp.concatenate([image, state["image_queue"]])
+      key_ids = jnp.concatenate([ids, state["queue_id"]])
+    allowed = jnp.ones((size, len(key_ids)), bool)
+    if self.same_image:
+      partner = jnp.arange(size)[:, None] == jnp.arange(len(key_ids))
+      allowed = (ids[:, None] != key_ids) | partner
+    settings = (self.divisor(params), self.alpha_at(ctx.step), allowed)
+    i2t, i2t_right = distillation.contrastive(
+      shared["image"], text_keys, image, *settings
+    )
+    t2i, t2i_right = distillation.contrastive(
+      shared["text"], image_keys, text, *settings
+    )
+    report = {
+      "i2t_accuracy": Mean.of(i2t_right),
+      "t2i_accuracy": Mean.of(t2i_right),
+      "temperature": Mean.of(settings[0][None]),
+    }
+    if self.queue_size:
+      # Round the end of the queue; a slice would stop there.
+      at = (state["queue_pointer"] + jnp.arange(size)) % self.queue_size
+      state = {
+        **state,
+        "image_queue": state["image_queue"].at[at].set(image),
+        "text_queue": state["text_queue"].at[at].set(text),
+        "queue_id": state["queue_id"].at[at].set(ids),
+        "queue_pointer": (state["queue_pointer"] + size) % self.queue_size,
+      }
+    return Coupled({"itc": Mean.of((i2t + t2i) / 2)}, report, state)
+
+  # --- Pieces of a step -------------------------------------------------------
+
+  def apply(self, params: Params, name: str, *args, dropout=None, **kwargs):
+    """Calls a method of the module, by name; with a key, dropout is on."""
+    rngs = None if dropout is None else {"dropout": dropout}
+    return self.module.apply(
+      {"params": params}, *args, method=name, rngs=rngs, **kwargs
+    )
+
+  def divisor(self, params: Params) -> jax.Array:
+    """The temperature, within its bounds."""
+    return jnp.clip(self.apply(params, "divisor"), *TEMPERATURE)
+
+  def alpha_at(self, step: jax.Array) -> jax.Array:
+    """The teacher's weight: grows linearly, then stays."""
+    share = step.astype(jnp.float32) / max(self.alpha_ramp_steps, 1)
+    return self.alpha * jnp.minimum(share, 1.0)
+
+  def dropout_keys(self, ctx):
+    """Returns two functions, of the student and of the teacher.
+
+    Each maps the number of a pass to a key, or to None where dropout is off.
+    """
+    key = ctx.rngs["dropout"]
+
+    def student(number):
+      return jax.random.fold_in(key, number) if ctx.train else None
+
+    def teacher(number):
+      return student(number + 100) if self.teacher_dropout else None
+
+    return student, teacher
+
+  def hide_words(self, batch: Batch, ctx) -> HiddenWords:
+    """Draws the words that MLM hides, of `shorten`ed captions."""
+    return token_mask.draw(
+      ctx.rngs["token_mask"],
+      batch["index"],
+      batch["text"],
+      batch["text_len"],
+      ratio=self.mask_ratio,
+      mask_id=self.mask_id,
+      vocab_size=self.module.stream.vocab_size,
+    )
+
+  def negative_noise(self, batch: Batch, ctx) -> jax.Array:
+    """Draws Gumbel noise `[2, B, g]` for the hard negatives."""
+    keys = rng.per_example(ctx.rngs["negatives"], batch["index"])
+    size = (2, self.match_group)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, size))(keys)
+    return noise.swapaxes(0, 1)
+
+  def negatives(self, params, student, teacher, image_id, noise):
+    """Draws a picture for each text and a text for each picture.
+
+    Args:
+      params: parameters, for the temperature.
+      student: `Embeddings`.
+      teacher: `Embeddings`.
+      image_id: int32 `[B]`.
+      noise: of `negative_noise`; zeros take the most similar.
+
+    Returns:
+      Two pairs (int32 `[G, g]`, places in the group; float32 `[B]`, 0 where
+      there is none): pictures for the texts, and texts for the pictures.
+    """
+    g = self.match_group
+
+    def groups(x):
+      return x.reshape(-1, g, *x.shape[1:])
+
+    ids = groups(image_id)
+    admissible = jnp.broadcast_to(~jnp.eye(g, dtype=bool), (*ids.shape, g))
+    if self.same_image:
+      admissible &= ids[:, :, None] != ids[:, None]
+
+    def draw(query, key, noise):
+      similarity = jnp.einsum("gie,gje->gij", groups(query), groups(key))
+      index, exists = matching.hard_negatives(
+        similarity / self.divisor(params), admissible, groups(noise)
+      )
+      return index, exists.reshape(-1)
+
+    return (
+      draw(student.text, teacher.image, noise[0]),
+      draw(student.image, teacher.text, noise[1]),
+    )
+
+  def fuse(self, params, patches, text, hidden, text_len, negatives, key):
+    """Lets captions attend to pictures, four ways in one pass.
+
+    Keys and values of a picture are made once for all four.
+
+    Args:
+      params: parameters.
+      patches: `[B, 1 + N, D]`.
+      text: captions, ready for the layers with cross-attention, `[B, L, D]`.
+      hidden: the same with hidden words, `[B, L, D]`.
+      text_len: int32 `[B]`.
+      negatives: what `negatives` returns.
+      key: of dropout, or None.
+
+    Returns:
+      `[B, L, D]` each: captions given their pictures, captions given other
+      pictures, other captions given the pictures, and captions with hidden
+      words given their pictures.
+    """
+    (pictures, _), (captions, _) = negatives
+    own = jnp.broadcast_to(jnp.arange(self.match_group), pictures.shape)
+    rows = jnp.stack([own, pictures, own, own], axis=-1)
+    others = take_rows(text, captions), take_rows(text_len, captions)
+    fused = self.apply(
+      params,
+      "text_given_image",
+      stack_rows(text, text, others[0], hidden),
+      stack_rows(text_len, text_len, others[1], text_len),
+      self.apply(params, "project", patches),
+      rows.reshape(len(rows), -1),
+      dropout=key,
+    )
+    return unstack_rows(fused, 4)
+
+  def fuse_own(self, params, patches, text, text_len, key):
+    """Lets captions attend to their own pictures: `[B, L, D]`."""
+    return self.apply(
+      params,
+      "text_given_image",
+      text,
+      text_len,
+      self.apply(params, "project", patches),
+      jnp.zeros((len(text), 1), jnp.int32),
+      dropout=key,
+    )
+
+  def share(self, student: Embeddings, teacher: Embeddings) -> dict:
+    """What `couple` reads of each example; no gradient in the teacher's."""
+    teacher = jax.lax.stop_gradient(teacher)
+    return {
+      "image": student.image,
+      "text": student.text,
+      "teacher_image": teacher.image,
+      "teacher_text": teacher.text,
+    }
+
+  def match_terms(self, params, fused, negatives):
+    """ITM of `fuse`'s first three: the term, and its accuracy."""
+    (_, picture_exists), (_, caption_exists) = negatives
+    logits = [self.apply(params, "match_logits", x) for x in fused[:3]]
+    logits = jnp.stack(logits)
+    match = jnp.zeros(logits.shape[:2], jnp.int32).at[0].set(1)
+    weights = jnp.ones_like(picture_exists), picture_exists, caption_exists
+    weights = jnp.stack(weights)
+    right = jnp.argmax(logits, axis=-1) == match
+    return (
+      {"itm": Mean.of(matching.match_loss(logits, match), weights)},
+      {"itm_accuracy": Mean.of(right, weights)},
+    )
+
+  def word_terms(self, params, hidden, teacher, words, alpha, *, axis=-1):
+    """MLM: the term, and its accuracy.
+
+    Args:
+      params: parameters.
+      hidden: fused captions with hidden words `[B, L, D]`.
+      teacher: (its parameters, the same from the teacher).
+      words: `HiddenWords`.
+      alpha: the teacher's weight.
+      axis: see `distillation.cross_entropy`.
+    """
+    teacher_params, teacher_hidden = teacher
+    loss, right = distillation.cross_entropy(
+      self.apply(params, "word_logits", masking.take(hidden, words.places)),
+      words.labels,
+      self.apply(
+        teacher_params,
+        "word_logits",
+        masking.take(teacher_hidden, words.places),
+      ),
+      alpha,
+      axis=axis,
+    )
+    return (
+      {"mlm": Mean.of(loss, words.weights)},
+      {"mlm_accuracy": Mean.of(right, words.weights)},
+    )
+
+  # --- Capabilities -----------------------------------------------------------
+
+  def encode_image(self, params: Params, batch: Batch) -> jax.Array:
+    """Embeds `batch["image"]`: float32 `[B, E]`, of unit length."""
+    return self.apply(params, "encode_image", batch["image"])
+
+  def encode_text(self, params: Params, batch: Batch) -> jax.Array:
+    """Embeds `batch["text"]`: float32 `[B, E]`, of unit length."""
+    text, text_len = shorten(batch["text"], batch["text_len"])
+    return self.apply(params, "encode_text", text, text_len)
+
+  def match_state(self, params: Params, batch: Batch):
+    """Keys and values of pictures: two of `[B, layers, 1 + N, heads, H]`."""
+    patches = self.apply(params, "see", batch["image"])
+    keys_values = self.apply(params, "project", patches)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1), keys_values)
+
+  def match_score(self, params: Params, state, text, text_len) -> jax.Array:
+    """Log-odds that texts belong to pictures.
+
+    Args:
+      params: parameters.
+      state: of `match_state`, B pictures.
+      text: int32 `[B, K, L]`.
+      text_len: int32 `[B, K]`.
+
+    Returns:
+      float32 `[B, K]`.
+    """
+    keys_values = jax.tree.map(lambda x: x.swapaxes(0, 1), state)
+    size = text_len.shape
+    text, text_len = shorten(
+      text.reshape(-1, text.shape[-1]), text_len.reshape(-1)
+    )
+    rows = jnp.zeros(size, jnp.int32)  # each group is one picture
+    fused = self.apply(params, "fuse", text, text_len, keys_values, rows)
+    logits = self.apply(params, "match_logits", fused)
+    return (logits[:, 1] - logits[:, 0]).reshape(size)
+
+  @property
+  def readouts(self) -> tuple[str, ...]:
+    """The maps that `patch_text_map` can make."""
+    return ("gradcam",)
+
+  def patch_text_map(
+    self,
+    params: Params,
+    batch: Batch,
+    readout: str = "gradcam",
+    token_mask: jax.Array | None = None,
+  ) -> jax.Array:
+    """Says where in a picture a text is (ALBEF, section 6.4).
+
+    Cross-attention of one layer, times the gradient of the match logit with
+    respect to it where that is positive (Grad-CAM, Selvaraju et al. 2017),
+    averaged over heads and tokens.
+
+    Args:
+      params: parameters.
+      batch: `image`, `text` and `text_len`.
+      readout: `gradcam`.
+      token_mask: bool `[B, L]`, the tokens that are averaged over; None takes
+        all real ones.
+
+    Returns:
+      float32 `[B, rows, columns]`; only the order of its values has meaning.
+    """
+    del readout
+    text, text_len = shorten(batch["text"], batch["text_len"])
+    attention, gradient = self.attention_gradient(
+      params, batch["image"], text, text_len
+    )
+    cam = attention * jax.nn.relu(gradient)
+    cam = jnp.mean(cam, axis=1)[:, :, 1:]  # heads; the picture's [CLS]
+    weights = masks.valid(text_len, text.shape[1])
+    if token_mask is not None:
+      weights &= token_mask[:, : text.shape[1]]
+    cam = jnp.einsum("bln,bl->bn", cam, weights.astype(jnp.float32))
+    height, width = batch["image"].shape[-3:-1]
+    size = self.module.vision.patch_size
+    return cam.reshape(len(cam), height // size, width // size)
+
+  def attention_gradient(self, params, image, text, text_len, delta=None):
+    """Returns cross-attention of `grounding_layer`, and its gradient.
+
+    Args:
+      params: parameters.
+      image: uint8 `[B, H, W, 3]`.
+      text: int32 `[B, L]`, without an end symbol.
+      text_len: int32 `[B]`.
+      delta: `[layers, B, heads, L, 1 + N]`, added to the probabilities; None
+        adds nothing.
+
+    Returns:
+      `[B, heads, L, 1 + N]` each: the probabilities before `delta`, and the
+      gradient of each pair's logit of a match.
+    """
+    patches = self.apply(params, "see", image)
+    keys_values = self.apply(params, "project", patches)
+    rows = jnp.zeros((len(text), 1), jnp.int32)
+    stack = self.module.stream.transformer
+    if delta is None:
+      heads = (stack.num_heads, text.shape[1], patches.shape[1])
+      delta = jnp.zeros((stack.depth, len(text), *heads))
+    path = ("stream", "transformer", "layers", "cross_attention")
+
+    def logit(delta):
+      perturbations = {"attention_map": delta}
+      for name in reversed(path):
+        perturbations = {name: perturbations}
+      fused, sown = self.module.apply(
+        {"params": params, "perturbations": perturbations},
+        text,
+        text_len,
+        keys_values,
+        rows,
+        method="fuse",
+        mutable=["intermediates"],
+      )
+      (maps,) = sown["intermediates"]["stream"]["transformer"]["layers"][
+        "attention_map"
+      ]
+      return jnp.sum(self.apply(params, "match_logits", fused)[:, 1]), maps
+
+    gradient, maps = jax.grad(logit, has_aux=True)(delta)
+    return maps[self.grounding_layer], gradient[self.grounding_layer]
+
+
+def shorten(text: jax.Array, text_len: jax.Array):
+  """Drops the end symbol: ALBEF's and SIMLA's texts are [CLS] and words.
+
+  Args:
+    text: int32 `[B, L]`, ending with an end symbol each.
+    text_len: int32 `[B]`.
+
+  Returns:
+    int32 `[B, L - 1]` and `[B]`; an empty row keeps one token.
+  """
+  text_len = jnp.maximum(text_len - 1, 1)
+  real = masks.valid(text_len, text.shape[1] - 1)
+  return jnp.where(real, text[:, :-1], 0), text_len
+
+
+def stack_rows(*arrays: jax.Array) -> jax.Array:
+  """Puts `[B, ...]` arrays side by side: `[len(arrays) B, ...]`.
+
+  All of an example's rows follow one another, so that no device's move.
+  """
+  return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
+
+
+def unstack_rows(array: jax.Array, number: int) -> tuple[jax.Array, ...]:
+  """The inverse of `stack_rows`: `number` arrays `[B, ...]`."""
+  array = array.reshape(-1, number, *array.shape[1:])
+  return tuple(array[:, i] for i in range(number))
