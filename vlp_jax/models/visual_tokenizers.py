@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import pickle
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -126,19 +125,18 @@ class PatchCodes:
     draw = np.random.default_rng(0)
     kept = np.zeros((0, 3 * self.patch_size**2), np.uint8)
     lots, seen = np.zeros(0), 0
-    while (
-      seen < self.num_pictures and (batch := next(batches, None)) is not None
-    ):
+    for batch in batches:
       batch = np.asarray(batch)[: self.num_pictures - seen]
-      cut = patches_lib.patchify(batch, self.patch_size).reshape(
-        -1, kept.shape[1]
-      )
+      cut = patches_lib.patchify(batch, self.patch_size)
+      cut = cut.reshape(-1, kept.shape[1])
       kept = np.concatenate([kept, cut])
       lots = np.concatenate([lots, draw.random(len(cut))])
       if len(lots) > self.num_patches:
         lowest = np.argpartition(lots, self.num_patches)[: self.num_patches]
         kept, lots = kept[lowest], lots[lowest]
       seen += len(batch)
+      if seen >= self.num_pictures:
+        break
     if not len(kept):
       raise UserError("no training picture to fit the visual tokenizer on")
     return kept
@@ -153,20 +151,18 @@ class DalleCodes:
   whatever the patch's size, as in BEiT.
 
   Attributes:
-    path: the weights, `.npz`, as `python -m vlp_jax.convert.dalle` writes
-      them.
+    path: the weights, as `python -m vlp_jax.convert.dalle` writes them.
     grid: rows (and columns) of patches of a picture.
-    encoder: the network; the released one by default.
+    vocab_size, width, blocks, dtype: see `DalleEncoder`; the released encoder
+      by default.
   """
 
   path: str
   grid: int
-  encoder: dalle.DalleEncoder = dalle.DalleEncoder()
-
-  @property
-  def vocab_size(self) -> int:
-    """Number of codes; 8,192 as released."""
-    return self.encoder.vocab_size
+  vocab_size: int = 8192
+  width: int = 256
+  blocks: int = 2
+  dtype: Any = jnp.float32
 
   def empty(self) -> State:
     """See `VisualTokenizer`."""
@@ -184,17 +180,23 @@ class DalleCodes:
     pixels = image.astype(jnp.float32) / 255
     shape = (len(image), side, side, 3)
     pixels = jax.image.resize(pixels, shape, "cubic", antialias=True)
-    # Bicubic weights are negative in places, and leave the range at edges.
+    # Bicubic weights are negative in places, and overshoot at edges.
     pixels = jnp.clip(pixels, 0, 1)
-    logits = self.encoder.apply({"params": lax.stop_gradient(state)}, pixels)
+    variables = {"params": lax.stop_gradient(state)}
+    logits = self._encoder().apply(variables, pixels)
     codes = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return codes.reshape(len(image), self.grid**2)
 
-  def _shapes(self) -> State:
-    pixels = jax.ShapeDtypeStruct(
-      (1, dalle.STRIDE, dalle.STRIDE, 3), jnp.float32
+  def _encoder(self) -> dalle.DalleEncoder:
+    # No parent: a method may call `codes` from inside a module of its own.
+    return dalle.DalleEncoder(
+      self.width, self.blocks, self.vocab_size, self.dtype, parent=None
     )
-    init = self.encoder.init
+
+  def _shapes(self) -> State:
+    side = dalle.STRIDE
+    pixels = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    init = self._encoder().init
     return jax.eval_shape(init, jax.random.key(0), pixels)["params"]
 
 
@@ -204,31 +206,29 @@ def _load(path: str, shapes: dict) -> dict[str, np.ndarray]:
   Raises:
     UserError: if the file is missing, or holds something else.
   """
-  make = "write one with `python -m vlp_jax.convert.dalle encoder.pkl FILE.npz`"
+  name = path or "(no path)"
+  make = "write it with `python -m vlp_jax.convert.dalle encoder.pkl FILE.npz`"
   try:
     with np.load(pathlib.Path(path).expanduser()) as file:
-      arrays = {name: np.asarray(file[name], np.float32) for name in file}
+      arrays = {key: np.asarray(file[key], np.float32) for key in file}
   except OSError as error:
+    reason = error.strerror or error
     raise UserError(
-      f"cannot read DALL-E's encoder from {path or 'no path'} "
-      f"({error.strerror or error}); {make}"
+      f"no weights of DALL-E's encoder in {name} ({reason}); {make}"
     ) from None
-  except (
-    *(AttributeError, EOFError, TypeError, ValueError, zlib.error),
-    *(pickle.UnpicklingError, zipfile.BadZipFile),
-  ):
-    # A pickle, a single array, text, half a file: NumPy says it in many ways.
-    raise UserError(f"{path} is no .npz of arrays; {make}") from None
-  wrong = [
-    f"no {name}"
-    if name not in arrays
-    # Shapes are told as they are: the file may be of another encoder.
-    else f"{name} {arrays[name].shape} instead of {leaf.shape}"
-    for name, leaf in shapes.items()
-    if name not in arrays or arrays[name].shape != leaf.shape
+  except (EOFError, TypeError, ValueError, zlib.error, zipfile.BadZipFile):
+    # A pickle, a single array, text, half a file: NumPy has a word for each.
+    raise UserError(f"{name} is no .npz file of arrays; {make}") from None
+  wrong = [f"{key} is missing" for key in shapes if key not in arrays]
+  wrong += [f"{key} is unknown" for key in arrays if key not in shapes]
+  wrong += [
+    f"{key} is {array.shape} instead of {shapes[key].shape}"
+    for key, array in arrays.items()
+    if key in shapes and array.shape != shapes[key].shape
   ]
-  wrong += [f"a {name} too many" for name in sorted(arrays.keys() - shapes)]
   if wrong:
-    more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-    raise UserError(f"{path} is not of this encoder: {wrong[0]}{more}; {make}")
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    raise UserError(
+      f"{name} is not of this DALL-E encoder: {wrong[0]}{more}; {make}"
+    )
   return arrays
