@@ -1,5 +1,7 @@
 """Pieces that several files in `configs/` start from."""
 
+import json
+
 from ml_collections import ConfigDict
 
 from vlp_jax.config import default_config
@@ -77,11 +79,18 @@ EVAL_FIELDS = {
   "zeroshot": dict(classes=(), templates=()),
   "pointing": dict(readout=""),
   "captioning": dict(max_len=0),
+  "reranking": dict(captions="first", k=16),
+  "grounding": dict(readout="", proposals=""),
 }
 
 
-def scenes_evals(captions: bool) -> ConfigDict:
-  """What is measured on scenes; `captions`: for methods that write them."""
+def scenes_evals(captions: bool, matching: bool = False) -> ConfigDict:
+  """What is measured on scenes.
+
+  Args:
+    captions: for methods that write them.
+    matching: for methods that score pairs of picture and text.
+  """
   evals = dict(
     # Watched while training; everything is chosen on validation.
     validation=dict(
@@ -91,6 +100,8 @@ def scenes_evals(captions: bool) -> ConfigDict:
   kinds = ["retrieval", "zeroshot", "pointing", "binding", "relation"]
   if captions:
     kinds.append("captioning")
+  if matching:
+    kinds.append("reranking")
   for prefix, split in (("eval", "test"), ("eval_comp", "comp")):
     for kind in kinds:
       evals[f"{kind}_{split}"] = dict(
@@ -108,6 +119,66 @@ def scenes_evals(captions: bool) -> ConfigDict:
       for name, fields in evals.items()
     }
   )
+
+
+def fusion(config: ConfigDict) -> None:
+  """What ALBEF and SIMLA have in common; the values are their releases'."""
+  config.ema.decay = 0.995
+  config.method.update(
+    match_group=0,  # the whole batch
+    mask_id=3,  # the end symbol, which has no other place in these texts
+    mask_ratio=0.15,
+    alpha=0.4,
+    alpha_ramp_steps=10_000,
+    queue_size=65_536,  # 0 = none
+    same_image=True,
+    teacher_dropout=False,
+    grounding_layer=0,
+  )
+
+
+def fusion_tiny(config: ConfigDict) -> None:
+  """`tiny` for a vision tower and a single-stream encoder."""
+  tiny(config)
+  vision = config.model.vision
+  del vision.cls_token, vision.pre_norm, config.model.text, config.model.pooler
+  config.model.stream = ConfigDict(
+    tower(96, 3, 2, text_depth=0, max_len=65, dropout=0.0)
+  )
+  config.method.update(alpha_ramp_steps=300, queue_size=1024, grounding_layer=1)
+  config.evals = scenes_evals(captions=False, matching=True)
+
+
+def fusion_at_scale(config: ConfigDict) -> None:
+  """The recipe of ALBEF's and SIMLA's releases, ViT-B/16 and BERT-base."""
+  at_scale(config, image_size=256, patch_size=16)
+  # COCO, Visual Genome, CC3M and SBU: 5.1M pairs, each as often as any other.
+  config.data.update(
+    mix=json.dumps(
+      dict(coco_captions=0.57, visual_genome=0.77, cc3m=2.95, sbu=0.86)
+    ),
+    augment="randaugment",
+    crop_scale=(0.2, 1.0),
+    flip=0.5,
+    eval_resize="stretch",
+    clean_captions=True,
+    max_words=30,
+  )
+  config.batch_size = 512
+  config.total_epochs = 30.0
+  # 25 tokens, and the end symbol, which is dropped.
+  config.tokenizer.update(path="vocab.txt", vocab_size=30_522, max_len=26)
+  config.method.mask_id = 103
+  model = config.model
+  model.embed_dim = 256
+  del model.vision.cls_token, model.vision.pre_norm, model.text, model.pooler
+  model.stream = ConfigDict(
+    tower(768, 12, 12, text_depth=0, max_len=512, dropout=0.1)
+  )
+  config.optimizer.update(
+    learning_rate=1e-4, weight_decay=0.02, b2=0.999, eps=1e-8, grad_clip=0.0
+  )
+  config.schedule.update(warmup_steps=2000, end_factor=0.1)
 
 
 def at_scale(config: ConfigDict, *, image_size: int, patch_size: int) -> None:

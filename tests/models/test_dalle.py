@@ -1,80 +1,25 @@
 """DALL-E's encoder against NumPy, at small size, and its size as released."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests import toys
+from tests.models import dalle_reference as reference
 from vlp_jax.models.dalle import DalleBlock, DalleEncoder
-
-
-def convolve(p, x):
-  """A convolution of `[H, W, C]` over zeros around it, pixel by pixel."""
-  kernel = np.float64(p["kernel"])
-  reach = kernel.shape[0] // 2
-  padded = np.pad(x, ((reach, reach), (reach, reach), (0, 0)))
-  out = np.zeros((*x.shape[:2], kernel.shape[-1]))
-  for row, column in np.ndindex(*x.shape[:2]):
-    window = padded[
-      row : row + kernel.shape[0], column : column + kernel.shape[1]
-    ]
-    out[row, column] = window.ravel() @ kernel.reshape(window.size, -1)
-  return out + p["bias"]
-
-
-def block(p, x):
-  """A residual block on `[H, W, C]`."""
-  branch = x
-  for i in range(1, 5):
-    branch = convolve(p[f"conv_{i}"], np.maximum(branch, 0))
-  return (convolve(p["id_path"], x) if "id_path" in p else x) + branch / 64
-
-
-def pool(x):
-  """The largest of each 2 x 2."""
-  rows, columns = x.shape[0] // 2, x.shape[1] // 2
-  out = np.empty((rows, columns, x.shape[2]))
-  for row, column in np.ndindex(rows, columns):
-    square = x[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
-    out[row, column] = square.max((0, 1))
-  return out
-
-
-def encode(p, pixels, blocks):
-  """Logits of one picture, `[H, W, 3]` in [0, 1]."""
-  x = convolve(p["input"], 0.8 * np.float64(pixels) + 0.1)
-  for group in range(1, 5):
-    for i in range(1, blocks + 1):
-      x = block(p[f"group_{group}_block_{i}"], x)
-    x = pool(x) if group < 4 else x
-  return convolve(p["output"], np.maximum(x, 0))
-
-
-def parameters(module, *shape):
-  """Drawn parameters under which activations neither vanish nor explode."""
-  pixels = jnp.zeros((1, *shape))
-  shapes = jax.eval_shape(module.init, jax.random.key(0), pixels)["params"]
-  drawn = toys.random_like(shapes)
-
-  def scale(path, leaf):
-    if path[-1].key == "bias":
-      return leaf
-    return leaf * 5 * (2 / math.prod(leaf.shape[:-1])) ** 0.5
-
-  return jax.tree_util.tree_map_with_path(scale, drawn)
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_numpy(blocks):
   encoder = DalleEncoder(width=8, blocks=blocks, vocab_size=11)
-  params = parameters(encoder, 16, 24, 3)
+  params = reference.parameters(encoder, 16, 24, 3)
   pixels = np.random.default_rng(0).random((2, 16, 24, 3), np.float32)
   logits = toys.jit(encoder.apply)({"params": params}, pixels)
   assert logits.shape == (2, 2, 3, 11) and logits.dtype == jnp.float32
-  expected = np.stack([encode(params, picture, blocks) for picture in pixels])
+  expected = np.stack(
+    [reference.encode(params, picture, blocks) for picture in pixels]
+  )
   assert 0.1 < expected.std() < 10
   np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
@@ -83,11 +28,11 @@ def test_numpy(blocks):
 def test_a_block_adds_a_64th(width):
   """Beside an identity, or beside a matrix where the width changes."""
   module = DalleBlock(width)
-  params = parameters(module, 5, 7, 8)
+  params = reference.parameters(module, 5, 7, 8)
   assert ("id_path" in params) == (width != 8)
   x = np.random.default_rng(0).normal(size=(1, 5, 7, 8)).astype(np.float32)
   out = toys.jit(module.apply)({"params": params}, x)[0]
-  expected = block(params, np.float64(x[0]))
+  expected = reference.block(params, np.float64(x[0]))
   np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
   # By the last bias alone: it counts 1/64 of itself.
   params["conv_4"]["bias"] = params["conv_4"]["bias"] + 64
@@ -98,7 +43,7 @@ def test_a_block_adds_a_64th(width):
 def test_borders_are_padded_with_zeros():
   """A 7 x 7 kernel of ones counts the pixels that it covers."""
   encoder = DalleEncoder(width=8, blocks=1, vocab_size=5)
-  params = jax.tree.map(np.zeros_like, parameters(encoder, 8, 8, 3))
+  params = jax.tree.map(np.zeros_like, reference.parameters(encoder, 8, 8, 3))
   params["input"]["kernel"] = np.ones_like(params["input"]["kernel"])
   _, state = encoder.apply(
     {"params": params},
@@ -133,7 +78,7 @@ def test_as_released():
 
 def test_bfloat16_rounds_the_convolutions_alone():
   exact = DalleEncoder(width=16, vocab_size=11)
-  params = parameters(exact, 16, 16, 3)
+  params = reference.parameters(exact, 16, 16, 3)
   rounded = DalleEncoder(width=16, vocab_size=11, dtype=jnp.bfloat16)
   pixels = np.random.default_rng(0).random((2, 16, 16, 3), np.float32)
   logits = toys.jit(exact.apply)({"params": params}, pixels)

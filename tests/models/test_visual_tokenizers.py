@@ -10,7 +10,7 @@ import pytest
 from flax import traverse_util
 
 from tests import toys
-from tests.models import test_dalle
+from tests.models import dalle_reference as reference
 from vlp_jax.errors import UserError
 from vlp_jax.models.visual_tokenizers import DalleCodes, PatchCodes
 from vlp_jax.ops import patches as patches_lib
@@ -24,6 +24,11 @@ def _images(count=6, side=12, seed=0):
   return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
+def _blocks(count, side, size, seed=0):
+  """Pictures of squares of one colour, `size` pixels wide."""
+  return _images(count, side // size, seed).repeat(size, 1).repeat(size, 2)
+
+
 def _dalle(path="", **fields):
   fields = dict(vocab_size=VOCAB, width=WIDTH, blocks=1) | fields
   return DalleCodes(str(path), GRID, **fields)
@@ -33,8 +38,8 @@ def _weights(tokenizer):
   """A drawn state; of its codes none is the most likely everywhere."""
   side = 8 * GRID
   encoder = tokenizer._encoder()
-  params = test_dalle.parameters(encoder, side, side, 3)
-  pixels = np.float32(_images(4, side, seed=1) / 255)
+  params = reference.parameters(encoder, side, side, 3)
+  pixels = np.float32(_blocks(8, side, 4, seed=1) / 255)
   logits = toys.jit(encoder.apply)({"params": params}, pixels)
   params["output"]["bias"] -= np.mean(logits, (0, 1, 2))
   return params
@@ -144,11 +149,11 @@ def test_no_pictures():
 
 def test_the_most_likely_code():
   """At 8 pixels a patch nothing is resized."""
-  tokenizer, images = _dalle(), _images(2, 8 * GRID)
+  tokenizer, images = _dalle(), _blocks(2, 8 * GRID, 4)
   params = _weights(tokenizer)
   codes = jax.jit(tokenizer.codes)(params, images)
   for picture, found in zip(images, codes, strict=True):
-    logits = test_dalle.encode(params, picture / 255, 1)
+    logits = reference.encode(params, picture / 255, 1)
     np.testing.assert_array_equal(found, logits.argmax(-1).ravel())
   assert len(np.unique(codes)) > 3
 
@@ -168,14 +173,14 @@ def _shrink(x, side):
 
 
 def test_pictures_of_another_size_are_resized():
-  tokenizer, images = _dalle(), _images(2, 16 * GRID)
-  images[1] = np.where(images[1] < 128, 0, 255)  # what overshoots is cut off
+  tokenizer, images = _dalle(), _blocks(8, 16 * GRID, 3)
+  images = np.where(images < 128, 0, 255).astype(np.uint8)  # overshoots
   params = _weights(tokenizer)
   codes = jax.jit(tokenizer.codes)(params, images)
   for picture, found in zip(images, codes, strict=True):
     small = _shrink(picture / 255, 8 * GRID).swapaxes(0, 1)
     small = np.clip(_shrink(small, 8 * GRID).swapaxes(0, 1), 0, 1)
-    logits = test_dalle.encode(params, small, 1).reshape(GRID**2, VOCAB)
+    logits = reference.encode(params, small, 1).reshape(GRID**2, VOCAB)
     np.testing.assert_array_equal(found, logits.argmax(-1))
   assert len(np.unique(codes)) > 3
 

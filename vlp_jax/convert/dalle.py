@@ -8,7 +8,8 @@ Turns OpenAI's DALL-E encoder into weights for SIMLA's visual tokenizer.
 The released file is a pickle of a whole PyTorch module, and a pickle can run
 anything. Here nothing of it runs: every class that the module consists of is
 replaced by an empty one, a file that names any other is refused, and only the
-tensors are taken. Needs PyTorch, and OpenAI's code not.
+tensors are taken. Needs PyTorch, but not OpenAI's code. A state dict of the
+module, as `torch.save(module.state_dict(), path)` writes it, will do as well.
 """
 
 from __future__ import annotations
@@ -76,8 +77,7 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
   """Reads the tensors of a pickled module, and runs nothing of it.
 
   Args:
-    path: of a file that `torch.save(module, path)` wrote, in its old format
-      or its new one.
+    path: of a file that `torch.save` wrote: the module, or its state dict.
 
   Returns:
     float32 arrays by PyTorch's names (`blocks.input.w`).
@@ -95,20 +95,17 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
   try:
     with torch.serialization.safe_globals(allowed):
       module = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(module, _Part):
-      kind = type(module).__name__
-      raise UserError(f"{path} holds a {kind}, and not DALL-E's encoder")
-    tensors = dict(_tensors(module))
+    tensors = module if isinstance(module, dict) else dict(_tensors(module))
     return {name: x.detach().float().numpy() for name, x in tensors.items()}
-  except UserError:
-    raise
   except OSError as error:
     raise UserError(f"cannot read {path} ({error.strerror or error})") from None
   except pickle.UnpicklingError as error:
     raise UserError(_refusal(path, str(error))) from None
   except Exception as error:  # bytes that are no pickle can fail anyhow
     kind = type(error).__name__
-    raise UserError(f"{path} is no whole file of PyTorch's ({kind})") from error
+    raise UserError(
+      f"{path} holds no PyTorch module, or not all of one ({kind})"
+    ) from error
 
 
 def from_dalle(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -158,6 +155,12 @@ def _tensors(module: _Part, prefix: str = ""):
 def _refusal(path: str | os.PathLike, reason: str) -> str:
   """Says in one line why PyTorch would not read a file."""
   name = re.search(r"GLOBAL (\S+)", reason)
+  if "persistent_load" in reason:
+    return (
+      f"{path} is a module in the format of PyTorch before 1.6, which cannot "
+      "be read without running it; if you trust it, load it where OpenAI's "
+      "dall_e is installed, torch.save its state_dict(), and convert that"
+    )
   if not name:
     return f"{path} is no pickle of PyTorch's, or a damaged one"
   return (

@@ -31,25 +31,20 @@ def votes(attention: jax.Array, eligible: jax.Array | None) -> jax.Array:
   return jnp.sum(chosen, axis=1, dtype=jnp.int32)
 
 
-def choose(
-  counts: jax.Array, number: int, *, without_votes: bool = False
-) -> tuple[jax.Array, jax.Array]:
+def choose(counts: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
   """Takes the positions with most votes.
 
   Args:
     counts: int32 `[B, L]` of `votes`.
     number: of positions, k.
-    without_votes: whether positions without a vote may be chosen when there
-      are fewer than k others (the release's code does; the first come first).
 
   Returns:
-    int32 `[B, k]`, and bool `[B, k]`: whether the position counts.
+    int32 `[B, k]`, and bool `[B, k]`: whether the position has any vote. (The
+    release takes positions without one where there are too few others, in
+    whatever order its sort leaves them.)
   """
   order = jnp.argsort(-counts, axis=-1, stable=True)[:, :number]
-  counted = jnp.take_along_axis(counts, order, axis=1) > 0
-  if without_votes:
-    counted = jnp.ones_like(counted)
-  return order.astype(jnp.int32), counted
+  return order.astype(jnp.int32), jnp.take_along_axis(counts, order, 1) > 0
 
 
 def multi_hot(ids: jax.Array, counted: jax.Array, vocab_size: int):

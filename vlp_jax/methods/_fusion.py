@@ -162,8 +162,15 @@ class FusionMethod:
 
     return student, teacher
 
-  def hide_words(self, batch: Batch, ctx) -> HiddenWords:
-    """Draws the words that MLM hides, of `shorten`ed captions."""
+  def hide_words(self, batch: Batch, ctx, every: bool = False) -> HiddenWords:
+    """Draws the words that MLM hides, of `shorten`ed captions.
+
+    Half of a caption's places, and at least 12, are enough: at 15 % more are
+    hidden once in 100,000 captions of 25 tokens. With `every` all places are
+    listed, those that count first.
+    """
+    length = batch["text"].shape[1]
+    count = length if every else min(length, max(12, length // 2))
     return token_mask.draw(
       ctx.rngs["token_mask"],
       batch["index"],
@@ -172,6 +179,7 @@ class FusionMethod:
       ratio=self.mask_ratio,
       mask_id=self.mask_id,
       vocab_size=self.module.stream.vocab_size,
+      count=count,
     )
 
   def negative_noise(self, batch: Batch, ctx) -> jax.Array:

@@ -23,6 +23,13 @@ from vlp_jax.models.transformer import (
   Transformer,
 )
 from vlp_jax.models.vision import POSITIONS, STEMS, VisionTower
+from vlp_jax.models.visual_tokenizers import (
+  DalleCodes,
+  PatchCodes,
+  VisualTokenizer,
+)
+
+VISUAL_TOKENIZERS = ("patches", "dalle", "pixels")
 
 
 def check(field: str, value: str, allowed: Sequence[str]) -> None:
@@ -250,3 +257,24 @@ def fusion_options(config) -> dict:
       "the momentum teacher needs config.ema.decay above 0 (0.995 in ALBEF)"
     )
   return options
+
+
+def visual_tokenizer(config, options: dict) -> VisualTokenizer | None:
+  """Returns what makes the codes of patches; None stands for their pixels.
+
+  Args:
+    config: the run's config.
+    options: `method`'s fields; `visual_tokenizer`, `visual_vocab_size` and
+      `visual_weights` are taken out.
+  """
+  kind = options.pop("visual_tokenizer")
+  vocab_size = options.pop("visual_vocab_size")
+  weights = options.pop("visual_weights")
+  check("method.visual_tokenizer", kind, VISUAL_TOKENIZERS)
+  patch_size = config.model.vision.patch_size
+  if kind == "patches":
+    return PatchCodes(vocab_size, patch_size)
+  if kind == "dalle":
+    side = config.data.image_size // patch_size
+    return DalleCodes(weights, side, vocab_size, dtype=dtype(config))
+  return None

@@ -20,8 +20,8 @@ a field; `configs/simla.py:reference` sets them all:
 
   field              release    default     what it says
   mlm_axis           sequence   vocabulary  soft MLM is normalised over
-  keyword_specials   true       false       [CLS], pads and words without a vote
-                                            can take a keyword's place
+  keyword_specials   true       false       [CLS] and pads can take a keyword's
+                                            place
   num_keywords       5          4           positions with most votes
   keyword_image      student    teacher     whose patches the teacher looks at
   patch_text         student    teacher     whose embeddings the teacher's
@@ -112,7 +112,7 @@ class Simla(FusionMethod):
     batch = {**batch, "text": text, "text_len": text_len}
     grid = self.module.vision.grid
     draws = Draws(
-      self.hide_words(batch, ctx),
+      self.hide_words(batch, ctx, self.mlm_axis == "sequence"),
       block_mask.draw(
         ctx.rngs["patch_mask"],
         batch["index"],
@@ -311,9 +311,7 @@ class Simla(FusionMethod):
       for stop_id in self.stop_ids:
         eligible &= text != stop_id
     places, counted = keywords.choose(
-      keywords.votes(attention, eligible),
-      self.num_keywords,
-      without_votes=self.keyword_specials,
+      keywords.votes(attention, eligible), self.num_keywords
     )
     return jnp.take_along_axis(text, places, axis=1), counted & (places > 0)
 

@@ -33,6 +33,7 @@ def draw(
   ratio: float,
   mask_id: int,
   vocab_size: int,
+  count: int,
 ) -> HiddenWords:
   """Chooses words with a probability, each example from its own key.
 
@@ -47,6 +48,7 @@ def draw(
     ratio: the probability.
     mask_id: of [MASK].
     vocab_size: V.
+    count: K, the most that are predicted in a caption; the first ones are.
   """
 
   def one(key, row, eligible):
@@ -63,7 +65,7 @@ def draw(
   eligible &= jnp.arange(text.shape[1]) > 0
   keys = rng.per_example(key, index)
   masked, chosen = jax.vmap(one)(keys, text, eligible)
-  return gather(masked, text, chosen, text.shape[1] - 1)
+  return gather(masked, text, chosen, count)
 
 
 def gather(

@@ -1,0 +1,71 @@
+"""SIMLA: single-stream multi-level alignment.
+
+python -m vlp_jax.main --config=configs/simla.py            minutes, on a laptop
+python -m vlp_jax.main --config=configs/simla.py:debug      seconds
+python -m vlp_jax.main --config=configs/simla.py:b16        the paper's recipe
+python -m vlp_jax.main --config=configs/simla.py:reference  the release's quirks
+"""
+
+from vlp_jax import presets
+from vlp_jax.config import choose
+
+
+def get_config(size: str = "tiny"):
+  config = presets.base("simla")
+  presets.fusion(config)
+  config.method.update(
+    patch_weight=1.0,
+    keyword_weight=1.0,
+    visual_tokenizer="patches",  # or "dalle", or "pixels"
+    visual_vocab_size=512,
+    visual_weights="",
+    mask_patches=19,
+    mask_block=4,
+    mlm_axis="vocabulary",
+    keyword_specials=False,
+    num_keywords=4,
+    keyword_image="teacher",
+    patch_text="teacher",
+    stop_ids=(),
+  )
+  sizes = dict(tiny=tiny, debug=debug, b16=b16, reference=reference)
+  choose(size, sizes)(config)
+  return config
+
+
+def tiny(config):
+  presets.fusion_tiny(config)
+  config.total_steps = 900
+
+
+def debug(config):
+  tiny(config)
+  presets.debug(config)
+
+
+def b16(config):
+  """Khan et al. 2022, sections 2.5 and 3.1: 4M pictures, 30 epochs."""
+  presets.fusion_at_scale(config)
+  config.method.update(
+    visual_tokenizer="dalle",
+    visual_vocab_size=8192,
+    visual_weights="dalle_encoder.npz",
+    mask_patches=75,
+    mask_block=16,
+    grounding_layer=8,
+  )
+
+
+def reference(config):
+  """`b16` as the release computes it; methods/simla.py says what that is."""
+  b16(config)
+  config.method.update(
+    match_group=64,
+    same_image=False,
+    teacher_dropout=True,
+    mlm_axis="sequence",
+    keyword_specials=True,
+    num_keywords=5,
+    keyword_image="student",
+    patch_text="student",
+  )
