@@ -76,6 +76,7 @@ def debug(config: ConfigDict) -> None:
 # The fields that evaluators have beside the common ones, here to be overridden.
 EVAL_FIELDS = {
   "retrieval": dict(captions="first"),
+  "reranking": dict(captions="first", k=16),
   "zeroshot": dict(classes=(), templates=()),
   "pointing": dict(readout=""),
   "captioning": dict(max_len=0),

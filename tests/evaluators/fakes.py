@@ -10,17 +10,17 @@ from PIL import Image
 
 from vlp_jax import sharding
 from vlp_jax.data import sources
-from vlp_jax.evaluators import base
+from vlp_jax.evaluators import _matching, base
 
 IMAGE_SIZE = 16
 MAX_LEN = 8
 
 
-def picture(number: int) -> bytes:
+def picture(number: int, size=(IMAGE_SIZE, IMAGE_SIZE)) -> bytes:
   """A PNG whose colour tells its number."""
   color = (number % 256, number // 256, 0)
   file = io.BytesIO()
-  Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), color).save(file, "PNG")
+  Image.new("RGB", size, color).save(file, "PNG")
   return file.getvalue()
 
 
@@ -106,6 +106,55 @@ class Captioner(Dual):
   def patch_text_map(self, params, batch, readout, token_mask=None):
     del token_mask
     return params[readout][number(batch["image"]), batch["text"][:, 1]]
+
+
+class Matcher(Dual):
+  """Looks match scores up, `params['match']` `[pictures, texts]`.
+
+  Its state is a tree whose leaves have different ranks, as a real one's may.
+  """
+
+  def __init__(self):
+    super().__init__()
+    self.traced = 0
+
+  def match_state(self, params, batch):
+    rows = number(batch["image"])
+    return {"row": params["match"][rows], "layers": [rows[:, None, None]]}
+
+  def match_score(self, params, state, text, text_len):
+    self.traced += 1
+    score = jnp.take_along_axis(state["row"], text[:, :, 1], axis=1)
+    # Fails if a text is not one of those that exist.
+    return jnp.where(text_len == 3, score, jnp.nan)
+
+
+class Gradcam(Matcher):
+  """As SIMLA and ALBEF: matches, has one readout, and writes nothing."""
+
+  readouts = ("gradcam",)
+
+  def patch_text_map(self, params, batch, readout, token_mask=None):
+    del token_mask
+    return params[readout][number(batch["image"]), batch["text"][:, 1]]
+
+
+def watch_states(monkeypatch) -> list[list[int]]:
+  """Keeps the numbers of the pictures of every batch that gets a state."""
+  seen = []
+  compiled = _matching._compiled_state
+
+  def watched(method, mesh):
+    make = compiled(method, mesh)
+
+    def state(params, batch):
+      seen.append(np.asarray(number(batch["image"])).tolist())
+      return make(params, batch)
+
+    return state
+
+  monkeypatch.setattr(_matching, "_compiled_state", watched)
+  return seen
 
 
 def environment(source, tokenizer=None, devices=1) -> base.Env:

@@ -157,3 +157,29 @@ def test_probe_of_a_method_without_captioner():
   ones = np.ones((5, 2), np.float32)
   got = evaluator.run({"image": ones, "text": ones})
   assert got["contrastive"] == 0.5 and "captioner" not in got
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_probes_ask_the_matching_head(batch_size, monkeypatch):
+  records = fakes.records(
+    CAPTIONS, objects=OBJECTS, binding=PAIRS, relation=PAIRS
+  )
+  env = fakes.environment(records, fakes.Tokenizer(TEXTS))
+  match = np.zeros((3, 5), np.float32)
+  match[0, 1], match[0, 2] = -2, -1  # the false text of picture 0 wins
+  match[1, 4] = -1  # the true text wins; the other pair ties
+  ones = np.ones((5, 2), np.float32)
+  params = {"image": ones, "text": ones, "match": match}
+  seen = fakes.watch_states(monkeypatch)
+  for kind in ("binding", "relation"):
+    seen.clear()
+    evaluator = fakes.build(kind, fakes.Matcher(), env, batch_size=batch_size)
+    got = evaluator.run(params)
+    assert got["matching"] == pytest.approx((0 + 0.5 + 1) / 3)
+    assert got["matching_chance"] == 0.5
+    # One state for both pairs of picture 1, none for picture 2.
+    pictures = [number for batch in seen for number in batch]
+    padding = -len(set(pictures)) % batch_size
+    assert pictures == [1, 0] + [0] * padding
+  got = fakes.build("binding", fakes.Dual(), env).run(params)
+  assert "matching" not in got

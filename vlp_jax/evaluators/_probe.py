@@ -11,14 +11,15 @@ import functools
 
 import numpy as np
 
-from vlp_jax.evaluators import _batching, _truth, base
+from vlp_jax.evaluators import _batching, _matching, _truth, base
 
 
 class Probe(base.Evaluator):
-  """`contrastive` and `captioner`: how often the true text wins.
+  """`contrastive`, `captioner` and `matching`: how often the true text wins.
 
   The contrastive answer is the nearer embedding; the captioner's, if the
-  method has one, the text with the higher mean log-likelihood per token. A
+  method has one, the text with the higher mean log-likelihood per token; the
+  matching head's, if there is one, the text with the higher match score. A
   tie is half a win, and chance one half. `bag` is what knowing only the sets
   of colours and shapes of text and picture scores.
 
@@ -57,7 +58,22 @@ class Probe(base.Evaluator):
       score = self.on_pairs(self.compiled("caption_score"), params, pairs)
       metrics["captioner"] = wins(score)
       metrics["captioner_chance"] = 0.5
+    if all(self.has(need) for need in _matching.NEEDS):
+      metrics["matching"] = wins(self._match(params, places, texts))
+      metrics["matching_chance"] = 0.5
     return metrics
+
+  def _match(self, params, places: list[int], texts: list[str]) -> np.ndarray:
+    """Scores the pictures of P pairs with their two texts, `[2 P]`."""
+    most = 2 * np.bincount(places).max()
+    return _matching.score_pairs(
+      self,
+      params,
+      np.repeat(places, 2),
+      np.arange(len(texts)),
+      self.tokenize(texts),
+      tile=min(int(most), _matching.TILE),
+    )
 
   @functools.cached_property
   def _bag_of_attributes(self) -> float:

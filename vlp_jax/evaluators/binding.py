@@ -7,6 +7,6 @@ from vlp_jax.evaluators import _probe
 
 
 class Evaluator(_probe.Probe):
-  """`contrastive`, `captioner` and `bag` on the records' `binding` pairs."""
+  """What `Probe` measures, on the records' `binding` pairs."""
 
   annotation = "binding"

@@ -8,6 +8,6 @@ from vlp_jax.evaluators import _probe
 
 
 class Evaluator(_probe.Probe):
-  """`contrastive`, `captioner` and `bag` on the records' `relation` pairs."""
+  """What `Probe` measures, on the records' `relation` pairs."""
 
   annotation = "relation"

@@ -13,7 +13,7 @@ embedding scores chance. A score that is not a number ranks below all others.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class Evaluator(base.Evaluator):
   def __init__(self, method, config, env):
     if config.captions not in ("first", "all"):
       raise UserError(
-        f"retrieval's field captions is {config.captions!r}; it can be "
+        f"{config.type}'s field captions is {config.captions!r}; it can be "
         "'first' or 'all'"
       )
     super().__init__(method, config, env)
@@ -85,14 +85,11 @@ class Evaluator(base.Evaluator):
     rate += (1 - rate) / len(pictures)
     constants |= {"caption_true_chance": rate, "image_true_chance": rate}
     objects = [record["objects"] for record in self.records]
-    scores, _ = self._score(*_truth.bag_vectors(objects, texts))
+    scores, _ = self._by_cosine(*_truth.bag_vectors(objects, texts))
     return constants | {f"{name}_bag": v for name, v in scores.items()}
 
   def run(self, params):
-    texts, _ = self._queries
-    metrics, (first_text, first_image) = self._score(
-      self.encode_images(params), self.encode_texts(params, texts)
-    )
+    metrics, (first_text, first_image) = self._rank(params)
     metrics |= self._constants
     if self.source.annotated:
       true = [self._true(text, i) for i, text in enumerate(first_text)]
@@ -101,16 +98,35 @@ class Evaluator(base.Evaluator):
       metrics["image_true"] = float(np.mean(true))
     return metrics
 
-  def _score(self, image: np.ndarray, text: np.ndarray):
+  def _rank(self, params):
     """Returns the recalls, and the first place of each query both ways."""
+    texts, _ = self._queries
+    image = self.encode_images(params)
+    return self._by_cosine(image, self.encode_texts(params, texts))
+
+  def _by_cosine(self, image: np.ndarray, text: np.ndarray):
+    """Returns what `_rank` does, for embeddings `[N, E]` and `[M, E]`."""
     _, owner = self._queries
     pictures = np.arange(len(image))
     rank = functools.partial(rank_all, mesh=self.env.mesh)
     *i2t, first_text = rank(image, text, pictures, owner)
     *t2i, first_image = rank(text, image, owner, pictures)
-    recalls = {f"i2t_r{k}": float(recall(*i2t, k).mean()) for k in RECALLS}
-    recalls |= {f"t2i_r{k}": float(recall(*t2i, k).mean()) for k in RECALLS}
-    return _means(recalls), (first_text, first_image)
+    return recalls(i2t, t2i), (first_text, first_image)
+
+
+def recalls(
+  i2t: Sequence[np.ndarray], t2i: Sequence[np.ndarray]
+) -> dict[str, float]:
+  """Returns `{i2t,t2i}_r{1,5,10}`, `mtr` and `mir`.
+
+  Args:
+    i2t: the arguments `above`, `tied` and `right` of `recall` for pictures
+      that look for captions.
+    t2i: for captions that look for pictures.
+  """
+  values = {f"i2t_r{k}": float(recall(*i2t, k).mean()) for k in RECALLS}
+  values |= {f"t2i_r{k}": float(recall(*t2i, k).mean()) for k in RECALLS}
+  return _means(values)
 
 
 def _means(recalls: dict[str, float]) -> dict[str, float]:
@@ -147,31 +163,56 @@ def rank_all(
     int `[N]` each: wrong keys above the best right one, wrong keys tied with
     it, right keys tied with it (itself included), and the first key of all.
   """
-  chunk = min(len(queries), max(1, max_scores // len(keys)))
-  chunk = _batching.padded_size(chunk, mesh)
-  all_keys = _batching.put(
+  counts = by_chunks(
+    _compiled_ranks(mesh),
+    {
+      "queries": np.asarray(queries, np.float32),
+      "owner": np.asarray(query_owner, np.int32),
+    },
     {
       "keys": np.asarray(keys, np.float32),
       "owner": np.asarray(key_owner, np.int32),
     },
-    mesh,
-    whole=True,
-  )
-
-  def batches():
-    for start in range(0, len(queries), chunk):
-      rows = np.asarray(queries[start : start + chunk], np.float32)
-      owner = np.asarray(query_owner[start : start + chunk], np.int32)
-      yield {
-        "queries": _batching.pad_rows(rows, chunk),
-        "owner": _batching.pad_rows(owner, chunk),
-        "mask": np.arange(chunk) < len(rows),
-      }
-
-  counts = _batching.run_batches(
-    _compiled_ranks(mesh), all_keys, batches(), mesh
+    mesh=mesh,
+    max_scores=max_scores,
   )
   return tuple(counts.T)
+
+
+def by_chunks(
+  function: Callable,
+  queries: dict[str, np.ndarray],
+  keys: dict[str, np.ndarray],
+  *,
+  mesh: Mesh,
+  max_scores: int = _MAX_SCORES,
+) -> np.ndarray:
+  """Applies a function to all keys and a chunk of queries at a time.
+
+  Args:
+    function: jitted; gets `keys` whole and as many rows of `queries`, and
+      returns an array with a row for each query.
+    queries: arrays `[N, ...]`.
+    keys: arrays `[M, ...]`.
+    mesh: the queries of a chunk are spread over it.
+    max_scores: bound on chunk size times M.
+
+  Returns:
+    The rows of all queries, `[N, ...]`.
+  """
+  (count,) = {len(value) for value in queries.values()}
+  (width,) = {len(value) for value in keys.values()}
+  chunk = min(count, max(1, max_scores // width))
+  chunk = _batching.padded_size(chunk, mesh)
+
+  def batches():
+    for start in range(0, count, chunk):
+      rows = {name: x[start : start + chunk] for name, x in queries.items()}
+      rows = {name: _batching.pad_rows(x, chunk) for name, x in rows.items()}
+      yield rows | {"mask": np.arange(chunk) < count - start}
+
+  everywhere = _batching.put(keys, mesh, whole=True)
+  return _batching.run_batches(function, everywhere, batches(), mesh)
 
 
 @functools.lru_cache(maxsize=8)
@@ -179,14 +220,19 @@ def _compiled_ranks(mesh: Mesh):
   return _batching.jit(_ranks, mesh)
 
 
-def _ranks(all_keys, batch) -> jax.Array:
-  """Computes `rank_all` for one chunk, int32 `[chunk, 4]`."""
+def cosines(queries: jax.Array, keys: jax.Array) -> jax.Array:
+  """Scores `[Q, E]` with `[M, E]`: `[Q, M]`, -inf for what is no number."""
   scores = jnp.matmul(
-    batch["queries"],
-    all_keys["keys"].T,
+    queries,
+    keys.T,
     precision=jax.lax.Precision.HIGHEST,  # no bf16 or TF32 products
   )
-  scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+  return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+
+
+def _ranks(all_keys, batch) -> jax.Array:
+  """Computes `rank_all` for one chunk, int32 `[chunk, 4]`."""
+  scores = cosines(batch["queries"], all_keys["keys"])
   right = batch["owner"][:, None] == all_keys["owner"][None]
   best = jnp.where(right, scores, -jnp.inf).max(axis=1, keepdims=True)
   above = scores > best + _batching.TIE
