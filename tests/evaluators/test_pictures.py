@@ -197,3 +197,41 @@ def test_curves_of_a_broken_file(tmp_path):
   steps, values = _curves.read(path)["a"]
   assert steps.tolist() == [1] and values.tolist() == [2]
   assert _curves.read(tmp_path / "none") == {}
+
+
+class OnlyGradcam(fakes.Gradcam, Plain):
+  """Points by gradients, matches, and writes nothing."""
+
+
+@pytest.mark.parametrize("annotated", [True, False])
+@pytest.mark.filterwarnings("ignore:Glyph .* missing")
+def test_heat_maps_of_a_method_that_only_points(tmp_path, figures, annotated):
+  env, params = setting(annotated)
+  env.config.evals.pointing = {"type": "pointing", "readout": ""}
+  rng = np.random.default_rng(1)
+  maps = rng.uniform(size=(5, 60, 4, 4)).astype(np.float32)
+  params["gradcam"] = maps
+  paths = pictures.make_pictures(OnlyGradcam(), params, env, tmp_path)
+  assert [path.stem for path in paths] == ALL[:3]
+  assert_texts_apart(figures["heatmaps"])
+  words = [t.get_text() for t in figures["heatmaps"].texts]
+  assert any("readout: gradcam" in " ".join(w.split()) for w in words)
+  verdicts = [w for w in words if w in ("hit", "miss")]
+  assert len(verdicts) == (10 if annotated else 0)
+
+  params["gradcam"] = (
+    maps * np.float32([0, np.nan, 1, 1, 1])[:, None, None, None]
+  )
+  pictures.make_pictures(OnlyGradcam(), params, env, tmp_path)
+  assert_texts_apart(figures["heatmaps"])
+  words = [t.get_text() for t in figures["heatmaps"].texts]
+  flat = [w for w in words if w.startswith("no answer")]
+  # The second caption has two words.
+  assert len(flat) == (4 if annotated else 5)
+
+
+def test_words_to_point_at():
+  record = {"captions": ["a b - a dog, dog; c ... "]}
+  assert pictures._phrases(record, False) == [
+    *(("dog", None), ("a", None), ("b", None))
+  ]

@@ -21,6 +21,7 @@ from matplotlib.patches import Rectangle
 
 INK, GREY = "#1a1a1a", "#595959"
 # Word, colour and line of a frame.
+HEAT = "magma"  # colours of heat maps
 RIGHT = ("right", "#007a59", "-")
 WRONG = ("wrong", "#c44e00", "--")
 ALSO_TRUE = ("also true", "#0072b2", "-.")
@@ -221,3 +222,44 @@ class Sheet:
         warnings.filterwarnings("ignore", "Glyph .* missing")
         FigureCanvasAgg(self.figure).print_png(str(path))
     return path
+
+
+def draw_heat(
+  axes, heat: np.ndarray, box: Sequence[float] | None
+) -> bool | None:
+  """Lays a heat map and a box over a picture.
+
+  Returns:
+    Whether the strongest patch lies in the box; None if there is no strongest
+    one: a map of gradients that are all negative is zero everywhere.
+  """
+  axes.imshow(
+    heat,
+    extent=(0, 1, 1, 0),
+    cmap=HEAT,
+    alpha=0.6,
+    interpolation="nearest",
+    aspect="auto",
+  )
+  if box is not None:
+    x0, y0, x1, y1 = box
+    for color, width, line in (("black", 3.5, "-"), ("white", 1.8, "--")):
+      axes.add_patch(
+        Rectangle(
+          (x0, y0),
+          x1 - x0,
+          y1 - y0,
+          fill=False,
+          edgecolor=color,
+          linewidth=width,
+          linestyle=line,
+        )
+      )
+  known = np.where(np.isnan(heat), -np.inf, heat)
+  if known.max() == known.min():
+    return None
+  rows, columns = heat.shape
+  row, column = np.unravel_index(np.argmax(known), heat.shape)
+  x, y = (column + 0.5) / columns, (row + 0.5) / rows
+  axes.plot(x, y, "X", markersize=11, color="white", markeredgecolor="black")
+  return box is not None and bool(x0 <= x <= x1 and y0 <= y <= y1)

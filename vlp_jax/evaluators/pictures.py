@@ -6,14 +6,13 @@ Examples are taken at even steps from the split; nobody chose them.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import matplotlib
 import ml_collections
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from matplotlib.patches import Rectangle
 
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import _batching, _curves, _plots, _truth, base
@@ -22,6 +21,7 @@ from vlp_jax.evaluators._plots import (
   BODY,
   FALSE,
   GREY,
+  HEAT,
   LINE,
   PLAIN,
   RIGHT,
@@ -29,6 +29,7 @@ from vlp_jax.evaluators._plots import (
   TRUE,
   WRONG,
   Sheet,
+  draw_heat,
   fold,
 )
 from vlp_jax.evaluators.captioning import generator
@@ -37,7 +38,6 @@ from vlp_jax.methods.base import Method, Params
 # Galleries search among these many pictures at most.
 _MOST = 1000
 _FIRST = 5  # places of a gallery
-_HEAT = "magma"
 
 
 def make_pictures(
@@ -210,13 +210,16 @@ def _phrases(record: dict, annotated: bool) -> list[tuple[str, list | None]]:
   if annotated:
     several = len(record["objects"]) > 1
     return [(p["text"], p["bbox"]) for p in record["phrases"] if several]
-  words = sorted(set(record["captions"][0].split()), key=len, reverse=True)
-  return [(word.strip(".,;:!?"), None) for word in words[:3]]
+  words = (word.strip(".,;:!?") for word in record["captions"][0].split())
+  words = sorted(dict.fromkeys(words), key=len, reverse=True)
+  return [(word, None) for word in words[:3] if word]
 
 
 def _heatmaps(examples: _Examples, params: Params) -> Sheet | None:
   """Draws where the model sees what a phrase names."""
-  if not (examples.has("patch_text_map") and examples.has("readouts")):
+  if not examples.has("patch_text_map"):
+    return None
+  if not getattr(examples.method, "readouts", ()):
     return None
   annotated = examples.source.annotated
   pairs = [
@@ -233,7 +236,7 @@ def _heatmaps(examples: _Examples, params: Params) -> Sheet | None:
     params,
     [(i, text) for i, phrases in pairs for text, _ in phrases],
   )
-  low, high = (matplotlib.colormaps[_HEAT](v) for v in (0.05, 0.92))
+  low, high = (matplotlib.colormaps[HEAT](v) for v in (0.05, 0.92))
   side, step, row = 1.9, 2.15, 2.85
   boxes = (
     "The dashed box is where the object is; it is a hit if the cross, the "
@@ -259,9 +262,10 @@ def _heatmaps(examples: _Examples, params: Params) -> Sheet | None:
       above = y + 0.42 - len(lines) * SMALL * LINE
       sheet.text(j * step, above, lines, size=SMALL)
       axes = sheet.image(j * step, y + 0.45, side, pixels)
-      inside = _draw_heat(axes, next(maps), box)
-      if box is not None:
-        verdict = ("hit", *RIGHT[1:]) if inside else ("miss", *WRONG[1:])
+      inside = draw_heat(axes, next(maps), box)
+      words = {None: "no answer: a flat map", True: "hit", False: "miss"}
+      if inside is None or box is not None:
+        verdict = (words[inside], *(RIGHT if inside else WRONG)[1:])
         sheet.verdict(j * step, y + side + 0.5, verdict)
   return sheet
 
@@ -272,38 +276,6 @@ def _readout(examples: _Examples) -> str:
     if fields.get("readout") in examples.method.readouts:
       return fields.readout
   return examples.method.readouts[0]
-
-
-def _draw_heat(axes, heat: np.ndarray, box: Sequence[float] | None) -> bool:
-  """Lays a heat map and a box over a picture; tells whether it is a hit."""
-  axes.imshow(
-    heat,
-    extent=(0, 1, 1, 0),
-    cmap=_HEAT,
-    alpha=0.6,
-    interpolation="nearest",
-    aspect="auto",
-  )
-  rows, columns = heat.shape
-  row, column = np.unravel_index(np.argmax(heat), heat.shape)
-  x, y = (column + 0.5) / columns, (row + 0.5) / rows
-  axes.plot(x, y, "X", markersize=11, color="white", markeredgecolor="black")
-  if box is None:
-    return False
-  x0, y0, x1, y1 = box
-  for color, width, line in (("black", 3.5, "-"), ("white", 1.8, "--")):
-    axes.add_patch(
-      Rectangle(
-        (x0, y0),
-        x1 - x0,
-        y1 - y0,
-        fill=False,
-        edgecolor=color,
-        linewidth=width,
-        linestyle=line,
-      )
-    )
-  return bool(x0 <= x <= x1 and y0 <= y <= y1)
 
 
 # ------------------------------------- captions and masked reconstruction
