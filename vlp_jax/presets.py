@@ -79,6 +79,7 @@ EVAL_FIELDS = {
   "reranking": dict(captions="first", k=16),
   "zeroshot": dict(classes=(), templates=()),
   "pointing": dict(readout=""),
+  "grounding": dict(readout="", proposals=""),
   "captioning": dict(max_len=0),
   "reranking": dict(captions="first", k=16),
   "grounding": dict(readout="", proposals=""),

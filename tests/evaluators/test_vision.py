@@ -171,7 +171,9 @@ def test_pointing(batch_size):
 
 def test_build_says_what_is_wrong():
   env = fakes.environment(fakes.records([["x"]]))
-  with pytest.raises(UserError, match="binding, captioning, pointing"):
+  with pytest.raises(
+    UserError, match="binding, captioning, grounding, pointing"
+  ):
     fakes.build("vqa", fakes.Dual(), env)
   with pytest.raises(UserError, match="did you mean 'captions'"):
     fakes.build("retrieval", fakes.Dual(), env, caption="all")

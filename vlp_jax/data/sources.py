@@ -64,7 +64,8 @@ class Source:
     Returns:
       `image`: encoded bytes; `captions`: list of str; `image_id`: int in
       [0, 2^31); and what else the source has: `label`, `category`,
-      `keywords`, and for scenes `objects`, `phrases`, `binding`, `relation`.
+      `keywords`, RefCOCO's `refs`, and for scenes `objects`, `phrases`,
+      `binding`, `relation`.
 
     Raises:
       UnreadableRecord: if the file is damaged there.

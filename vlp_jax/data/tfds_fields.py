@@ -20,7 +20,7 @@ from vlp_jax.errors import UserError
 # What caption features are called, the likeliest first.
 _CAPTION_NAMES = ("caption", "text", "sentence", "description", "title")
 _ID_PATHS = ("image_id", "image/id", "id")
-_LABEL_PATHS = ("label", "category")
+_LABEL_PATHS = ("label", "category", "refs")
 
 
 @dataclasses.dataclass(frozen=True)

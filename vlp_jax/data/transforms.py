@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from vlp_jax.errors import UserError
 
@@ -83,6 +83,20 @@ def open_image(data: bytes) -> Image.Image:
     raise UnreadableImage(_reason(e)) from e
 
 
+def upright_size(data: bytes) -> tuple[int, int]:
+  """Reads width and height off a picture's header, as `Decode` would have it.
+
+  Raises:
+    UnreadableImage: if the bytes are no picture.
+  """
+  image = open_image(data)
+  try:
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+  except Exception as e:  # decoders raise all sorts on damaged files
+    raise UnreadableImage(_reason(e)) from e
+  return image.size[::-1] if turned else image.size
+
+
 def _reason(error: Exception) -> str:
   reason = str(error).replace("\n", " ") or type(error).__name__
   return f"picture cannot be decoded ({reason})"
@@ -103,17 +117,26 @@ class ResizeCenterCrop:
   ) -> np.ndarray:
     """Returns uint8 `[size, size, 3]`; nothing is drawn."""
     del rng
-    width, height = image.size
-    short = min(width, height)
-    if short != self.size:
-      width = max(self.size, int(self.size * width / short))
-      height = max(self.size, int(self.size * height / short))
+    width, height, left, top = self.place(*image.size)
+    if image.size != (width, height):
       image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left = round((width - self.size) / 2)
-    top = round((height - self.size) / 2)
     if width != height:
       image = image.crop((left, top, left + self.size, top + self.size))
     return np.asarray(image)
+
+  def place(self, width: int, height: int) -> tuple[int, int, int, int]:
+    """Says where a picture of this size goes.
+
+    Returns:
+      Width and height after resizing, and left and top edge of the square
+      that is cut out of that.
+    """
+    short = min(width, height)
+    width = max(self.size, int(self.size * width / short))
+    height = max(self.size, int(self.size * height / short))
+    left = round((width - self.size) / 2)
+    top = round((height - self.size) / 2)
+    return width, height, left, top
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +156,11 @@ class Stretch:
     if image.size != (self.size, self.size):
       image = image.resize((self.size,) * 2, Image.Resampling.BICUBIC)
     return np.asarray(image)
+
+  def place(self, width: int, height: int) -> tuple[int, int, int, int]:
+    """Says where a picture goes, as `ResizeCenterCrop.place`."""
+    del width, height
+    return self.size, self.size, 0, 0
 
 
 Geometry = ResizeCenterCrop | Stretch

@@ -119,6 +119,7 @@ def test_pictures_with_their_expressions(tmp_path, monkeypatch, capsys):
   config.name = "refcoco_unc"
   opened = sources.open_source(config, "train")[0]
   assert opened["captions"] == record["captions"] and opened["image_id"] == 7
+  assert opened["refs"] == record["refs"]
 
 
 @pytest.mark.parametrize(
