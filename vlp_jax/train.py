@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
@@ -17,7 +18,7 @@ from vlp_jax.data import mixture, pipeline
 from vlp_jax.data import tokenizer as tokenizer_lib
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import base as evaluators_lib
-from vlp_jax.evaluators import pictures
+from vlp_jax.evaluators import pictures as pictures_lib
 from vlp_jax.methods import base as methods
 from vlp_jax.methods.base import Method, Params
 
@@ -77,6 +78,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
   fingerprint["accumulate"] = config.accumulate
   if checkpoints.latest_step() is None:
     state, meta = jax.jit(create, out_shardings=shardings)(), {}
+    pictures = functools.partial(pipeline.pictures, source, config)
+    state = train_state.start(method, state, shardings, pictures)
   else:
     state, meta = checkpoints.restore(sharding.with_shardings(abstract, mesh))
     check_fingerprint(meta["fingerprint"], fingerprint)
@@ -162,7 +165,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
   if start >= total_steps:
     results = evaluate(evaluators, config, state.params, state.ema_params)
   checkpoints.close()
-  pictures.make_pictures(method, state.params, env, workdir)
+  pictures_lib.make_pictures(method, state.params, env, workdir)
   writer.close()
   metrics.write_results(
     workdir,

@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vlp_jax.methods.base import Batch, Method, MethodState, Params
+from vlp_jax.methods.base import (
+  Batch,
+  Method,
+  MethodState,
+  Params,
+  Pictures,
+)
 
 
 @flax.struct.dataclass
@@ -62,6 +68,36 @@ def create(
     method_state=method_state,
     key=key,
   )
+
+
+def start(
+  method: Method, state: TrainState, shardings: TrainState, pictures: Pictures
+) -> TrainState:
+  """Lets a method change the state of step 0; see `Method.start`.
+
+  The average starts from the same parameters.
+
+  Args:
+    method: the method.
+    state: of `create`.
+    shardings: of the state.
+    pictures: for `Method.start`.
+  """
+  params, method_state = method.start(
+    state.params, state.method_state, pictures
+  )
+  if params is not state.params:
+    params = jax.device_put(params, shardings.params)
+    state = state.replace(params=params)
+    if state.ema_params is not None:
+      average = jax.jit(
+        lambda x: jax.tree.map(jnp.copy, x), out_shardings=shardings.ema_params
+      )(params)
+      state = state.replace(ema_params=average)
+  if method_state is not state.method_state:
+    method_state = jax.device_put(method_state, shardings.method_state)
+    state = state.replace(method_state=method_state)
+  return state
 
 
 def abstract_params(method: Method, config: Any) -> Params:

@@ -39,6 +39,7 @@ from vlp_jax.errors import UserError
 # than these, they only get in one another's way.
 _MAX_THREADS = 8
 _BUFFERED_BATCHES = 4
+_PICTURES = 64  # of a batch that no model sees
 _HAS_AFFINITY = hasattr(os, "sched_getaffinity")  # not on macOS
 # So many rows tell a share of bad records from bad luck.
 _MIN_ROWS = 1000
@@ -178,16 +179,21 @@ def train_batches(
 
 
 def eval_images(
-  source: Source, config: ConfigDict, batch_size: int
+  source: Source,
+  config: ConfigDict,
+  batch_size: int,
+  *,
+  shuffled: bool = False,
 ) -> Iterator[Batch]:
-  """Yields every picture once, in order, in the evaluation geometry.
+  """Yields every picture once, in the evaluation geometry.
 
-  Row r of batch k is record `k * batch_size + r`.
+  Row r of batch k is record `k * batch_size + r`, unless they are shuffled.
 
   Args:
     source: any split, or a sequence of records.
     config: `data.{image_size, eval_resize}`.
     batch_size: number of rows of every batch, the last one included.
+    shuffled: take the pictures in another order, the same every time.
 
   Yields:
     `image` uint8 `[batch_size, S, S, 3]`, `image_id` int32 `[batch_size]`
@@ -198,14 +204,24 @@ def eval_images(
   read = source.pair if isinstance(source, Source) else source.__getitem__
   geometry = transforms.eval_geometry(config.data)
   load = functools.partial(_eval_row, source, read, geometry)
+  indices = grain.MapDataset.range(len(source))
   dataset = (
-    grain.MapDataset.range(len(source))
+    (indices.shuffle(seed=0) if shuffled else indices)
     .map(load)
     .batch(batch_size, batch_fn=functools.partial(_stack_padded, batch_size))
     .to_iter_dataset(_read_options())
   )
   with Batches(dataset) as batches:
     yield from batches
+
+
+def pictures(source: Source, config: ConfigDict) -> Iterator[np.ndarray]:
+  """Yields all pictures as evaluation sees them, uint8 `[b, S, S, 3]`.
+
+  Shuffled, the same way every time: neighbours in a list are often alike.
+  """
+  for batch in eval_images(source, config, _PICTURES, shuffled=True):
+    yield batch["image"][batch["mask"]]
 
 
 def decode_image(

@@ -86,6 +86,11 @@ class FusionMethod:
     }
     return variables["params"], state
 
+  def start(self, params, method_state, pictures):
+    """Puts in the published towers that the config names."""
+    del pictures
+    return params, method_state
+
   def project(self, params: Params) -> Params:
     """Keeps the temperature between 0.001 and 0.5."""
     value = jnp.clip(params["temperature"]["value"], *TEMPERATURE)

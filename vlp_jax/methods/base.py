@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -26,6 +26,7 @@ from vlp_jax.losses import captioning
 Batch = Mapping[str, jax.Array]
 Params = Any
 MethodState = dict[str, Any]
+Pictures = Callable[[], Iterator[np.ndarray]]
 
 
 class Mean(NamedTuple):
@@ -93,7 +94,7 @@ class Method(Protocol):
 
   It is hashable and static under `jit`. Evaluators ask for further
   capabilities by attribute: `caption_score`, `generate`, `patch_text_map`,
-  `reconstruct`, `match_state`, `match_score`.
+  `reconstruct`, `match_state`, `match_score`, `keywords`.
 
   Attributes:
     match_group: examples among which matching draws its negatives (1: none).
@@ -105,6 +106,21 @@ class Method(Protocol):
 
   def init(self, key: jax.Array, batch: Batch) -> tuple[Params, MethodState]:
     """Makes parameters and state; only the shapes of `batch` are used."""
+
+  def start(
+    self, params: Params, method_state: MethodState, pictures: Pictures
+  ) -> tuple[Params, MethodState]:
+    """Changes what `init` made, on the host, before the first step.
+
+    For what a new run takes from files or from the training pictures: weights
+    to start from, a visual tokenizer.
+
+    Args:
+      params: of `init`.
+      method_state: of `init`.
+      pictures: a call begins a pass over the training pictures as evaluation
+        sees them, uint8 batches `[B, H, W, 3]`.
+    """
 
   def forward(self, params: Params, batch: Batch, ctx: Context) -> Output:
     """Runs the encoders and per-example losses on a chunk."""
@@ -153,6 +169,11 @@ class DualEncoderMethod:
       key, batch["image"], batch["text"], batch["text_len"]
     )
     return variables["params"], {}
+
+  def start(self, params, method_state, pictures):
+    """Changes nothing."""
+    del pictures
+    return params, method_state
 
   def project(self, params: Params) -> Params:
     """Keeps the inverse temperature between 1 and 100, as CLIP does."""

@@ -107,6 +107,14 @@ class Simla(FusionMethod):
       state = {**state, "visual_tokenizer": self.visual_tokenizer.empty()}
     return params, state
 
+  def start(self, params, method_state, pictures):
+    """Fits or loads the visual tokenizer."""
+    params, method_state = super().start(params, method_state, pictures)
+    if self.visual_tokenizer is not None and self.patch_weight:
+      state = self.visual_tokenizer.start(pictures)
+      method_state = {**method_state, "visual_tokenizer": state}
+    return params, method_state
+
   def forward(self, params, batch, ctx) -> Output:
     text, text_len = shorten(batch["text"], batch["text_len"])
     batch = {**batch, "text": text, "text_len": text_len}
