@@ -81,8 +81,6 @@ EVAL_FIELDS = {
   "pointing": dict(readout=""),
   "grounding": dict(readout="", proposals=""),
   "captioning": dict(max_len=0),
-  "reranking": dict(captions="first", k=16),
-  "grounding": dict(readout="", proposals=""),
 }
 
 
