@@ -20,4 +20,5 @@ def warn_skipped(source: str, record: str, reason: str) -> None:
       return
     _seen[source].add(record)
     count = len(_seen[source])
-  warn(f"skipped {record}: {reason} ({count} skipped in {source} so far)")
+    # Still locked, so that the counts come in order.
+    warn(f"skipped {record}: {reason} ({count} skipped in {source} so far)")
