@@ -36,6 +36,7 @@ def get_config(size: str = "tiny"):
 def tiny(config):
   presets.fusion_tiny(config)
   config.total_steps = 900
+  config.evals.keywords_test = presets.evaluation("keywords", "test")
 
 
 def debug(config):
@@ -69,3 +70,4 @@ def reference(config):
     keyword_image="student",
     patch_text="student",
   )
+  config.schedule.stairs = 30  # its learning rate changes with the epoch

@@ -28,7 +28,7 @@ ALLOWED = {
   "losses": {"ops"},
   "methods": {"models", "losses", "ops"},
   "data": {"ops"},
-  "convert": {"ops"},
+  "convert": {"ops", "config"},
   **{name: {"ops", *_INFRASTRUCTURE} for name in _INFRASTRUCTURE},
   "huge_pages": set(),
   "presets": {"config"},
@@ -42,7 +42,7 @@ TOP = {"main", "evaluate", "export", "runs", "pretrained", "__init__"}
 # Commands of a layer below; they read flags and end with a status.
 COMMANDS = {
   *("data/build.py", "data/prepare/__main__.py", "data/train_tokenizer.py"),
-  "convert/dalle.py",
+  *("convert/albef.py", "convert/dalle.py"),
 }
 
 

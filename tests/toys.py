@@ -29,16 +29,35 @@ _SMALL = (
   "model.embed_dim=12",
   f"model.vision.width={WIDTH}",
   "model.vision.depth=1",
+)
+_TOWERS = (
   f"model.text.width={WIDTH}",
   f"model.text.max_len={LENGTH}",
   f"model.pooler.width={WIDTH}",
 )
-_DECODERS = {
-  "clip": (),
-  "coca": (f"model.decoder.width={WIDTH}",),
+_FUSION = (
+  f"model.stream.width={WIDTH}",
+  "model.stream.depth=2",
+  "model.stream.max_len=12",
+  "method.match_group=4",
+  "method.queue_size=12",
+  "method.alpha_ramp_steps=4",
+  "method.grounding_layer=0",
+)
+_METHODS = {
+  "clip": _TOWERS,
+  "coca": (*_TOWERS, f"model.decoder.width={WIDTH}"),
   "sycoca": (
+    *_TOWERS,
     f"model.decoder.width={WIDTH}",
     f"model.image_decoder.width={WIDTH}",
+  ),
+  "albef": _FUSION,
+  "simla": (
+    *_FUSION,
+    "method.visual_vocab_size=8",
+    "method.mask_patches=4",
+    "method.mask_block=1",
   ),
 }
 # Poolers that read [CLS] need one.
@@ -47,7 +66,7 @@ CLS = ("model.pooler.kind=cls", "model.vision.cls_token=true")
 
 def config(name: str, *overrides: str):
   """The `tiny` size of `configs/<name>.py`, made smaller still."""
-  items = (*_SMALL, *_DECODERS[name], *overrides)
+  items = (*_SMALL, *_METHODS[name], *overrides)
   return config_lib.load(f"configs/{name}.py", items)
 
 
@@ -87,17 +106,39 @@ def random_like(shapes, seed: int = 0):
     values = 0.2 * draw.standard_normal(leaf.shape, np.float32)
     if name == "scale":
       return 1 + values
+    if name == "value":  # a temperature
+      return np.float32(0.2)
     return np.log(np.float32(5)) if name == "logit_scale" else values
 
   return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 @functools.cache
-def shapes(name: str, *overrides: str):
-  """Shapes of a method's parameters."""
+def _shapes(name: str, *overrides: str):
   spec = train_state.batch_spec(config(name, *overrides))
   init = method(name, *overrides).init
-  return jax.eval_shape(init, jax.random.key(0), spec)[0]
+  return jax.eval_shape(init, jax.random.key(0), spec)
+
+
+def shapes(name: str, *overrides: str):
+  """Shapes of a method's parameters."""
+  return _shapes(name, *overrides)[0]
+
+
+def method_state(name: str, *overrides: str, seed: int = 0):
+  """A drawn state of the method: queues, a visual tokenizer."""
+  shapes = _shapes(name, *overrides)[1]
+  draw = np.random.default_rng(seed)
+
+  def fill(path, leaf):
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      return jnp.full(leaf.shape, -1 if leaf.ndim else 0, leaf.dtype)
+    values = draw.standard_normal(leaf.shape, np.float32)
+    if path[-1].key.endswith("queue"):
+      values /= np.linalg.norm(values, axis=1, keepdims=True)
+    return jnp.asarray(values)
+
+  return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def params(name: str, *overrides: str, seed: int = 0):
@@ -105,15 +146,18 @@ def params(name: str, *overrides: str, seed: int = 0):
   return random_like(shapes(name, *overrides), seed)
 
 
-def context(step: int = 0, seed: int = 0, method_state=None) -> Context:
+def context(
+  step: int = 0, seed: int = 0, method_state=None, ema_params=None
+) -> Context:
   """What the step would hand a method."""
   key = jax.random.key(seed, impl="threefry2x32")
   step = jnp.int32(step)
-  return Context(step, rng.streams(key, step), None, method_state or {}, True)
+  streams = rng.streams(key, step)
+  return Context(step, streams, ema_params, method_state or {}, True)
 
 
 @functools.cache
-def _compiler_options() -> dict:
+def compiler_options() -> dict:
   """XLA's options that compile fastest; none where they are unknown."""
   options = dict(
     xla_backend_optimization_level=0,
@@ -129,7 +173,7 @@ def _compiler_options() -> dict:
 
 def jit(function, **kwargs):
   """`jax.jit` that compiles fast and does not care how fast the result is."""
-  return jax.jit(function, compiler_options=_compiler_options(), **kwargs)
+  return jax.jit(function, compiler_options=compiler_options(), **kwargs)
 
 
 @functools.cache

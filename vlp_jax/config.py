@@ -91,7 +91,12 @@ def default_config() -> ConfigDict:
         warmup_steps=0,
         warmup_epochs=0.0,
         warmup_examples=0,
+        start_factor=0.0,  # first learning rate / peak; 0 = one step's part
         end_factor=0.0,  # last learning rate / peak
+        # ALBEF's way, where stairs > 0: the decay counts from the first step
+        # and falls in so many stairs (epochs), the warm-up rises in these.
+        stairs=0,
+        warmup_stairs=20,
       ),
       ema=dict(decay=0.0),  # 0 = no average, unless the method needs one
       accumulate=1,
@@ -306,7 +311,14 @@ def validate(
       f"config.total_examples (set: {', '.join(lengths) or 'none'})"
     )
   data, fsdp, _ = mesh_shape(config, num_devices)
-  unit = data * fsdp * config.accumulate * match_group
+  # A chunk takes an equal part of each device's rows. In one piece, groups may
+  # reach over devices.
+  unit = data * fsdp * config.accumulate
+  unit = (
+    math.lcm(unit, match_group)
+    if config.accumulate == 1
+    else (unit * match_group)
+  )
   if config.batch_size % unit:
     near = max(1, round(config.batch_size / unit)) * unit
     raise UserError(

@@ -72,8 +72,13 @@ def make_optimizer(
 def _shape(config: ConfigDict, total_steps: int, warmup_steps: int) -> Schedule:
   """Returns the learning rate over its peak, as a function of the index.
 
-  The warm-up ends at the peak and starts one part of `warmup_steps` above
-  zero, so that no update is wasted. A run shorter than its warm-up ends in it.
+  The warm-up ends at the peak. It starts at `start_factor` or, where that is
+  zero, one part of `warmup_steps` above it, so that no update is wasted. A run
+  shorter than its warm-up ends in it.
+
+  With `stairs`, as in ALBEF's release: the decay counts from the first update
+  and has so many stairs, and the warm-up covers its beginning in
+  `warmup_stairs`.
   """
   decays = {
     "cosine": lambda t: 0.5 * (1 + jnp.cos(jnp.pi * t)),
@@ -86,13 +91,21 @@ def _shape(config: ConfigDict, total_steps: int, warmup_steps: int) -> Schedule:
       f"{', '.join(decays)}"
     )
   decay, end = decays[config.name], config.end_factor
+  start, stairs = config.start_factor, config.stairs
+  first = 0 if stairs else warmup_steps  # update that the decay counts from
 
   def shape(index):
     index = jnp.asarray(index, jnp.float32)
-    rest = max(total_steps - warmup_steps, 1)
-    progress = jnp.clip((index - warmup_steps) / rest, 0, 1)
-    decayed = end + (1 - end) * decay(progress)
-    warming = (index + 1) / max(warmup_steps, 1)
+    progress = (index - first) / max(total_steps - first, 1)
+    warming = index / max(warmup_steps, 1)
+    if stairs:
+      # In whole updates: a float's error must not cost a stair.
+      progress = jnp.floor(index * stairs / max(total_steps, 1)) / stairs
+      warming = jnp.floor(warming * config.warmup_stairs) / config.warmup_stairs
+    decayed = end + (1 - end) * decay(jnp.clip(progress, 0, 1))
+    warming = start + (1 - start) * warming
+    if not start:
+      warming = (index + 1) / max(warmup_steps, 1)
     return jnp.where(index < warmup_steps, warming, decayed)
 
   return shape

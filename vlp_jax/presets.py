@@ -81,6 +81,7 @@ EVAL_FIELDS = {
   "pointing": dict(readout=""),
   "grounding": dict(readout="", proposals=""),
   "captioning": dict(max_len=0),
+  "keywords": dict(examples=4),
 }
 
 
@@ -93,8 +94,8 @@ def scenes_evals(captions: bool, matching: bool = False) -> ConfigDict:
   """
   evals = dict(
     # Watched while training; everything is chosen on validation.
-    validation=dict(
-      type="retrieval", split="validation", every_steps=500, prefix="val"
+    validation=evaluation(
+      "retrieval", "validation", every_steps=500, prefix="val"
     )
   )
   kinds = ["retrieval", "zeroshot", "pointing", "binding", "relation"]
@@ -104,21 +105,22 @@ def scenes_evals(captions: bool, matching: bool = False) -> ConfigDict:
     kinds.append("reranking")
   for prefix, split in (("eval", "test"), ("eval_comp", "comp")):
     for kind in kinds:
-      evals[f"{kind}_{split}"] = dict(
-        type=kind, split=split, every_steps=0, prefix=prefix
-      )
-  return ConfigDict(
-    {
-      name: dict(
-        fields,
-        batch_size=128,
-        max_examples=0,
-        use_ema=False,
-        **EVAL_FIELDS.get(fields["type"], {}),
-      )
-      for name, fields in evals.items()
-    }
+      evals[f"{kind}_{split}"] = evaluation(kind, split, prefix=prefix)
+  return ConfigDict(evals)
+
+
+def evaluation(kind: str, split: str, **fields) -> dict:
+  """An evaluation with all its fields, by default at the end of a run."""
+  common = dict(
+    type=kind,
+    split=split,
+    every_steps=0,
+    prefix="eval",
+    batch_size=128,
+    max_examples=0,
+    use_ema=False,
   )
+  return common | EVAL_FIELDS.get(kind, {}) | fields
 
 
 def fusion(config: ConfigDict) -> None:
@@ -142,9 +144,13 @@ def fusion_tiny(config: ConfigDict) -> None:
   tiny(config)
   vision = config.model.vision
   del vision.cls_token, vision.pre_norm, config.model.text, config.model.pooler
+  config.model.start = ""  # an .npz file of `vlp_jax.convert.albef`
   config.model.stream = ConfigDict(
     tower(96, 3, 2, text_depth=0, max_len=65, dropout=0.0)
   )
+  config.batch_size = 32
+  config.optimizer.update(learning_rate=8.5e-4, muon_learning_rate=0.0045)
+  config.ema.decay = 0.98  # of 50 steps: a short run cannot wait for 200
   config.method.update(alpha_ramp_steps=300, queue_size=1024, grounding_layer=1)
   config.evals = scenes_evals(captions=False, matching=True)
 
@@ -172,13 +178,14 @@ def fusion_at_scale(config: ConfigDict) -> None:
   model = config.model
   model.embed_dim = 256
   del model.vision.cls_token, model.vision.pre_norm, model.text, model.pooler
+  model.start = ""  # DeiT and BERT, by `vlp_jax.convert.albef`
   model.stream = ConfigDict(
     tower(768, 12, 12, text_depth=0, max_len=512, dropout=0.1)
   )
   config.optimizer.update(
     learning_rate=1e-4, weight_decay=0.02, b2=0.999, eps=1e-8, grad_clip=0.0
   )
-  config.schedule.update(warmup_steps=2000, end_factor=0.1)
+  config.schedule.update(warmup_steps=2000, start_factor=0.1, end_factor=0.1)
 
 
 def at_scale(config: ConfigDict, *, image_size: int, patch_size: int) -> None:
@@ -225,15 +232,13 @@ def at_scale(config: ConfigDict, *, image_size: int, patch_size: int) -> None:
   config.log.every_steps = 100
   config.evals = ConfigDict(
     dict(
-      validation=dict(
-        type="retrieval",
-        split="validation",
+      validation=evaluation(
+        "retrieval",
+        "validation",
         every_steps=5000,
         prefix="val",
         batch_size=1024,
         max_examples=5000,
-        use_ema=False,
-        **EVAL_FIELDS["retrieval"],
       )
     )
   )

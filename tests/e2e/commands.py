@@ -1,10 +1,13 @@
 """Runs the commands as a user would: in processes of their own."""
 
+import functools
 import json
 import os
 import pathlib
 import subprocess
 import sys
+
+from tests import toys
 
 # Small enough that a run takes seconds once it is compiled.
 SMALL = [
@@ -15,6 +18,13 @@ SMALL = [
 ]
 
 
+@functools.cache
+def _xla_flags() -> str:
+  """Has XLA compile fast; the numbers of two runs stay comparable."""
+  options = toys.compiler_options()
+  return " ".join(f"--{k}={str(v).lower()}" for k, v in options.items())
+
+
 def start(
   module: str, *args: str, cwd: pathlib.Path, **environ: str
 ) -> subprocess.Popen:
@@ -22,7 +32,12 @@ def start(
   return subprocess.Popen(
     [sys.executable, "-m", f"vlp_jax.{module}", *map(str, args)],
     cwd=cwd,
-    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **environ},
+    env={
+      **os.environ,
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": _xla_flags(),
+      **environ,
+    },
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,

@@ -35,7 +35,10 @@ def _cases():
     "accumulate": ([DEBUG, "--config.accumulate=3"], "batch_size"),
     "long text": ([DEBUG, "--config.tokenizer.max_len=64"], "max_len"),
     "patches": ([DEBUG, "--config.model.vision.patch_size=7"], "patch_size"),
-    "method": ([DEBUG, "--config.method.name=cocoa"], "clip, coca, sycoca"),
+    "method": (
+      [DEBUG, "--config.method.name=cocoa"],
+      "albef, clip, coca, simla",
+    ),
     "optimizer": ([DEBUG, "--config.optimizer.name=adm"], "adamw"),
     "data set": ([DEBUG, "--config.data.name=no_such_data"], "no_such_data"),
     "source": ([DEBUG, "--config.data.source=/no/such.jsonl"], "/no/such"),

@@ -172,7 +172,7 @@ def test_pointing(batch_size):
 def test_build_says_what_is_wrong():
   env = fakes.environment(fakes.records([["x"]]))
   with pytest.raises(
-    UserError, match="binding, captioning, grounding, pointing"
+    UserError, match="binding, captioning, grounding, keywords"
   ):
     fakes.build("vqa", fakes.Dual(), env)
   with pytest.raises(UserError, match="did you mean 'captions'"):

@@ -1,24 +1,34 @@
-"""Weights of ALBEF's and SIMLA's releases, and of DeiT and BERT.
+"""python -m vlp_jax.convert.albef --config=configs/simla.py:b16 \\
+    --deit=FILE --bert=FILE --output=start.npz
+
+Weights of ALBEF's and SIMLA's releases, and of DeiT and BERT. What the command
+writes, `--config.model.start=start.npz` starts from; `--released=FILE` is a
+whole model instead of the two towers. Files are .npz, .safetensors, or what
+`torch.save` wrote (read with `weights_only=True`).
 
 The releases' state dicts hold a DeiT under `visual_encoder.` and a BERT under
 `text_encoder.`, so one table serves all four. A state dict of NumPy arrays
 comes from PyTorch by `{k: v.float().numpy() for k, v in state.items()}`, or
 from `safetensors.numpy.load_file`.
 
-  params = from_albef(state, config)              a whole model
-  params = start_from(params, config, deit, bert) what the papers start from
+  params = from_albef(state, config)    a whole model
+  params = towers(config, deit, bert)   what the papers start from
 
 Token-type embeddings and poolers are left out: neither method uses them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 from ml_collections import ConfigDict
 
+from vlp_jax import command
+from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
 from vlp_jax.ops import patches as patches_lib
 
@@ -52,47 +62,103 @@ def from_albef(state: State, config: ConfigDict) -> dict[str, Any]:
   return params
 
 
-def start_from(
-  params: dict[str, Any],
-  config: ConfigDict,
-  deit: State | None = None,
-  bert: State | None = None,
+def towers(
+  config: ConfigDict, deit: State | None = None, bert: State | None = None
 ) -> dict[str, Any]:
-  """Puts published towers into new parameters; the rest stays as it is.
+  """Returns the parameters that published towers have for a model.
 
   Args:
-    params: of a new model.
-    config: of the run.
+    config: of the run that will start from them.
     deit: a ViT of DeiT or timm, or None.
-    bert: a BERT, with its head for hidden words or without, or None.
+    bert: a BERT for masked language modelling, or None.
 
   Raises:
-    UserError: if a tensor is missing or of another shape.
+    UserError: if a tensor is missing.
   """
-  new: dict[str, Any] = {}
+  found: dict[str, Any] = {}
   if deit is not None:
-    new |= _vision(_getter(deit, "the vision transformer"), config)
+    found |= _vision(_getter(deit, "the vision transformer"), config)
   if bert is not None:
-    get = _getter(bert, "the BERT")
-    new |= _language(get, config, cross=False)
-  return _merge(params, new, "")
+    found |= _language(_getter(bert, "the BERT"), config, cross=False)
+  return found
 
 
-def _merge(old, new, path: str):
-  """Replaces the leaves of `old` that `new` has."""
-  if not isinstance(new, Mapping):
-    new = np.asarray(new, np.float32)
-    if new.shape != old.shape:
-      raise UserError(
-        f"{path[1:]} is {old.shape} in the config's model, and {new.shape} in "
-        "the file"
-      )
-    return new
-  merged = {
-    name: _merge(old[name], value, f"{path}/{name}")
-    for name, value in new.items()
+def main(argv: Sequence[str]) -> None:
+  """Runs the command; `argv` is without the program's name."""
+  files = {"deit": "", "bert": "", "released": "", "output": ""}
+  config, flags = config_lib.parse_command_line(argv, files, __doc__)
+  towers_given = flags["deit"] or flags["bert"]
+  if bool(flags["released"]) == bool(towers_given) or not flags["output"]:
+    raise UserError(
+      "give --output=FILE.npz, and --deit=FILE, --bert=FILE or both, or "
+      "--released=FILE"
+    )
+  if flags["released"]:
+    params = from_albef(read(flags["released"]), config)
+  else:
+    states = {k: read(flags[k]) for k in ("deit", "bert") if flags[k]}
+    params = towers(config, **states)
+  output = pathlib.Path(flags["output"]).expanduser()
+  if output.suffix != ".npz":
+    raise UserError(f"{output}: what is written is a .npz file; name it so")
+  command.make_folder(output.parent)
+  arrays = traverse_util.flatten_dict(params, sep="/")
+  np.savez(output, **arrays)
+  count = sum(array.size for array in arrays.values())
+  print(f"{count:,} parameters, in {output}")
+
+
+def read(path: str) -> dict[str, np.ndarray]:
+  """Reads a state dict of arrays.
+
+  Names of norms are PyTorch's, as they are not in BERT's first files.
+
+  Raises:
+    UserError: if the file is missing, or of no kind that can be read here.
+  """
+  file = pathlib.Path(path).expanduser()
+  if not file.is_file():
+    raise UserError(f"{path}: no such file")
+  try:
+    state = _READERS.get(file.suffix, _read_torch)(file)
+  except ImportError as error:
+    raise UserError(
+      f"{path} needs {error.name}: pip install {error.name}"
+    ) from None
+  except Exception as error:  # readers raise all sorts on damaged files
+    raise UserError(f"{path} cannot be read ({error})") from error
+  old = {
+    "LayerNorm.gamma": "LayerNorm.weight",
+    "LayerNorm.beta": "LayerNorm.bias",
   }
-  return {**old, **merged}
+  for ending, new in old.items():
+    state = {
+      name.removesuffix(ending) + new if name.endswith(ending) else name: array
+      for name, array in state.items()
+    }
+  return state
+
+
+def _read_npz(file: pathlib.Path) -> dict[str, np.ndarray]:
+  with np.load(file) as arrays:
+    return {name: arrays[name] for name in arrays}
+
+
+def _read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
+  import safetensors.numpy
+
+  return safetensors.numpy.load_file(file)
+
+
+def _read_torch(file: pathlib.Path) -> dict[str, np.ndarray]:
+  import torch
+
+  state = torch.load(file, map_location="cpu", weights_only=True)
+  state = state.get("model", state)  # as DeiT's and ALBEF's files have it
+  return {k: v.float().numpy() for k, v in state.items()}
+
+
+_READERS = {".npz": _read_npz, ".safetensors": _read_safetensors}
 
 
 def _getter(state: State, what: str) -> _Get:
@@ -244,3 +310,7 @@ def _language(get: _Get, config: ConfigDict, *, cross: bool) -> dict[str, Any]:
       "bias": get(f"{head}.bias"),
     },
   }
+
+
+if __name__ == "__main__":
+  command.execute(main)

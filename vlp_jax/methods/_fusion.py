@@ -1,8 +1,7 @@
 """What ALBEF and SIMLA share: momentum contrast, matching, hidden words.
 
 Li et al. 2021, "Align before fuse", arXiv 2107.07651, sections 3.2 and 3.4;
-Khan et al. 2022 (SIMLA), section 2. Also the capabilities that evaluators ask
-for: embeddings, match scores, and where in a picture a text is.
+Khan et al. 2022 (SIMLA), section 2.
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from vlp_jax.losses import distillation, matching
+from vlp_jax.methods import _start
+from vlp_jax.methods._matcher import Matcher, stack_rows, unstack_rows
 from vlp_jax.methods.base import Batch, Coupled, Mean, Params
 from vlp_jax.models.transformer import take_rows
-from vlp_jax.ops import masking, masks, rng, token_mask
+from vlp_jax.ops import masking, rng, token_mask
 from vlp_jax.ops.token_mask import HiddenWords
 
 TEMPERATURE = (0.001, 0.5)  # where it is kept
@@ -31,11 +31,10 @@ class Embeddings(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class FusionMethod:
+class FusionMethod(Matcher):
   """What every method does whose module is a `models.FusionEncoder`.
 
   Attributes:
-    module: the linen module; its parameters are the method's.
     match_group: examples among which matching draws its negatives.
     mask_id: the id that hides a word.
     mask_ratio: share of words that are hidden.
@@ -47,10 +46,9 @@ class FusionMethod:
       (in ALBEF's and SIMLA's releases they are not).
     teacher_dropout: whether the teacher's dropout is on (in the releases it
       is).
-    grounding_layer: whose cross-attention `patch_text_map` reads, from 0.
+    start_file: parameters that a new run starts from; see `_start.load`.
   """
 
-  module: nn.Module
   match_group: int
   mask_id: int
   mask_ratio: float = 0.15
@@ -59,7 +57,7 @@ class FusionMethod:
   queue_size: int = 0
   same_image: bool = True
   teacher_dropout: bool = False
-  grounding_layer: int = 0
+  start_file: str = ""
   uses_ema = True
 
   # --- What the step asks for ------------------------------------------------
@@ -87,8 +85,10 @@ class FusionMethod:
     return variables["params"], state
 
   def start(self, params, method_state, pictures):
-    """Puts in the published towers that the config names."""
+    """Puts in the parameters of `start_file`."""
     del pictures
+    if self.start_file:
+      params = _start.load(params, self.start_file)
     return params, method_state
 
   def project(self, params: Params) -> Params:
@@ -135,13 +135,6 @@ class FusionMethod:
     return Coupled({"itc": Mean.of((i2t + t2i) / 2)}, report, state)
 
   # --- Pieces of a step -------------------------------------------------------
-
-  def apply(self, params: Params, name: str, *args, dropout=None, **kwargs):
-    """Calls a method of the module, by name; with a key, dropout is on."""
-    rngs = None if dropout is None else {"dropout": dropout}
-    return self.module.apply(
-      {"params": params}, *args, method=name, rngs=rngs, **kwargs
-    )
 
   def divisor(self, params: Params) -> jax.Array:
     """The temperature, within its bounds."""
@@ -327,159 +320,3 @@ class FusionMethod:
       {"mlm": Mean.of(loss, words.weights)},
       {"mlm_accuracy": Mean.of(right, words.weights)},
     )
-
-  # --- Capabilities -----------------------------------------------------------
-
-  def encode_image(self, params: Params, batch: Batch) -> jax.Array:
-    """Embeds `batch["image"]`: float32 `[B, E]`, of unit length."""
-    return self.apply(params, "encode_image", batch["image"])
-
-  def encode_text(self, params: Params, batch: Batch) -> jax.Array:
-    """Embeds `batch["text"]`: float32 `[B, E]`, of unit length."""
-    text, text_len = shorten(batch["text"], batch["text_len"])
-    return self.apply(params, "encode_text", text, text_len)
-
-  def match_state(self, params: Params, batch: Batch):
-    """Keys and values of pictures: two of `[B, layers, 1 + N, heads, H]`."""
-    patches = self.apply(params, "see", batch["image"])
-    keys_values = self.apply(params, "project", patches)
-    return jax.tree.map(lambda x: x.swapaxes(0, 1), keys_values)
-
-  def match_score(self, params: Params, state, text, text_len) -> jax.Array:
-    """Log-odds that texts belong to pictures.
-
-    Args:
-      params: parameters.
-      state: of `match_state`, B pictures.
-      text: int32 `[B, K, L]`.
-      text_len: int32 `[B, K]`.
-
-    Returns:
-      float32 `[B, K]`.
-    """
-    keys_values = jax.tree.map(lambda x: x.swapaxes(0, 1), state)
-    size = text_len.shape
-    text, text_len = shorten(
-      text.reshape(-1, text.shape[-1]), text_len.reshape(-1)
-    )
-    rows = jnp.zeros(size, jnp.int32)  # each group is one picture
-    fused = self.apply(params, "fuse", text, text_len, keys_values, rows)
-    logits = self.apply(params, "match_logits", fused)
-    return (logits[:, 1] - logits[:, 0]).reshape(size)
-
-  @property
-  def readouts(self) -> tuple[str, ...]:
-    """The maps that `patch_text_map` can make."""
-    return ("gradcam",)
-
-  def patch_text_map(
-    self,
-    params: Params,
-    batch: Batch,
-    readout: str = "gradcam",
-    token_mask: jax.Array | None = None,
-  ) -> jax.Array:
-    """Says where in a picture a text is (ALBEF, section 6.4).
-
-    Cross-attention of one layer, times the gradient of the match logit with
-    respect to it where that is positive (Grad-CAM, Selvaraju et al. 2017),
-    averaged over heads and tokens.
-
-    Args:
-      params: parameters.
-      batch: `image`, `text` and `text_len`.
-      readout: `gradcam`.
-      token_mask: bool `[B, L]`, the tokens that are averaged over; None takes
-        all real ones.
-
-    Returns:
-      float32 `[B, rows, columns]`; only the order of its values has meaning.
-    """
-    del readout
-    text, text_len = shorten(batch["text"], batch["text_len"])
-    attention, gradient = self.attention_gradient(
-      params, batch["image"], text, text_len
-    )
-    cam = attention * jax.nn.relu(gradient)
-    cam = jnp.mean(cam, axis=1)[:, :, 1:]  # heads; the picture's [CLS]
-    weights = masks.valid(text_len, text.shape[1])
-    if token_mask is not None:
-      weights &= token_mask[:, : text.shape[1]]
-    cam = jnp.einsum("bln,bl->bn", cam, weights.astype(jnp.float32))
-    height, width = batch["image"].shape[-3:-1]
-    size = self.module.vision.patch_size
-    return cam.reshape(len(cam), height // size, width // size)
-
-  def attention_gradient(self, params, image, text, text_len, delta=None):
-    """Returns cross-attention of `grounding_layer`, and its gradient.
-
-    Args:
-      params: parameters.
-      image: uint8 `[B, H, W, 3]`.
-      text: int32 `[B, L]`, without an end symbol.
-      text_len: int32 `[B]`.
-      delta: `[layers, B, heads, L, 1 + N]`, added to the probabilities; None
-        adds nothing.
-
-    Returns:
-      `[B, heads, L, 1 + N]` each: the probabilities before `delta`, and the
-      gradient of each pair's logit of a match.
-    """
-    patches = self.apply(params, "see", image)
-    keys_values = self.apply(params, "project", patches)
-    rows = jnp.zeros((len(text), 1), jnp.int32)
-    stack = self.module.stream.transformer
-    if delta is None:
-      heads = (stack.num_heads, text.shape[1], patches.shape[1])
-      delta = jnp.zeros((stack.depth, len(text), *heads))
-    path = ("stream", "transformer", "layers", "cross_attention")
-
-    def logit(delta):
-      perturbations = {"attention_map": delta}
-      for name in reversed(path):
-        perturbations = {name: perturbations}
-      fused, sown = self.module.apply(
-        {"params": params, "perturbations": perturbations},
-        text,
-        text_len,
-        keys_values,
-        rows,
-        method="fuse",
-        mutable=["intermediates"],
-      )
-      (maps,) = sown["intermediates"]["stream"]["transformer"]["layers"][
-        "attention_map"
-      ]
-      return jnp.sum(self.apply(params, "match_logits", fused)[:, 1]), maps
-
-    gradient, maps = jax.grad(logit, has_aux=True)(delta)
-    return maps[self.grounding_layer], gradient[self.grounding_layer]
-
-
-def shorten(text: jax.Array, text_len: jax.Array):
-  """Drops the end symbol: ALBEF's and SIMLA's texts are [CLS] and words.
-
-  Args:
-    text: int32 `[B, L]`, ending with an end symbol each.
-    text_len: int32 `[B]`.
-
-  Returns:
-    int32 `[B, L - 1]` and `[B]`; an empty row keeps one token.
-  """
-  text_len = jnp.maximum(text_len - 1, 1)
-  real = masks.valid(text_len, text.shape[1] - 1)
-  return jnp.where(real, text[:, :-1], 0), text_len
-
-
-def stack_rows(*arrays: jax.Array) -> jax.Array:
-  """Puts `[B, ...]` arrays side by side: `[len(arrays) B, ...]`.
-
-  All of an example's rows follow one another, so that no device's move.
-  """
-  return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
-
-
-def unstack_rows(array: jax.Array, number: int) -> tuple[jax.Array, ...]:
-  """The inverse of `stack_rows`: `number` arrays `[B, ...]`."""
-  array = array.reshape(-1, number, *array.shape[1:])
-  return tuple(array[:, i] for i in range(number))

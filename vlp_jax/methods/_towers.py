@@ -177,11 +177,6 @@ def fusion(config, *, mask_token: bool = False) -> dict:
   vision, text = model.vision, model.stream
   check("model.vision.positions", vision.positions, POSITIONS)
   check("model.vision.stem", vision.stem, STEMS)
-  if not 0 <= text.text_depth < text.depth:
-    raise UserError(
-      f"config.model.stream.text_depth={text.text_depth} of depth={text.depth} "
-      "layers are for text alone: 0, or fewer than all"
-    )
   side = config.data.image_size // vision.patch_size
 
   def stack(depth, **fields):
@@ -230,6 +225,7 @@ def fusion_options(config) -> dict:
   """Returns the fields of `FusionMethod`, checked, from `config.method`."""
   options = {k: v for k, v in config.method.items() if k != "name"}
   options["match_group"] = options["match_group"] or config.batch_size
+  options["start_file"] = config.model.start
   if config.batch_size < 2 or options["match_group"] < 2:
     raise UserError(
       f"config.batch_size={config.batch_size} and config.method.match_group="
@@ -246,7 +242,13 @@ def fusion_options(config) -> dict:
       f"config.method.mask_id={options['mask_id']} is no id of a vocabulary of "
       f"config.tokenizer.vocab_size={config.tokenizer.vocab_size}"
     )
-  depth = config.model.stream.depth - config.model.stream.text_depth
+  stream = config.model.stream
+  if not 0 <= stream.text_depth < stream.depth:
+    raise UserError(
+      f"config.model.stream.text_depth={stream.text_depth} of depth="
+      f"{stream.depth} layers are for text alone: 0, or fewer than all"
+    )
+  depth = stream.depth - stream.text_depth
   if not 0 <= options["grounding_layer"] < depth:
     raise UserError(
       f"config.method.grounding_layer={options['grounding_layer']}: the layers "

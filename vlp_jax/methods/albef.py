@@ -20,13 +20,8 @@ release), the teacher runs without dropout (`teacher_dropout`).
 import dataclasses
 
 from vlp_jax.methods import _towers
-from vlp_jax.methods._fusion import (
-  Embeddings,
-  FusionMethod,
-  shorten,
-  stack_rows,
-  unstack_rows,
-)
+from vlp_jax.methods._fusion import Embeddings, FusionMethod
+from vlp_jax.methods._matcher import shorten, stack_rows, unstack_rows
 from vlp_jax.methods.base import Output
 from vlp_jax.models.fusion import FusionEncoder
 

@@ -44,13 +44,8 @@ import jax.numpy as jnp
 from vlp_jax.errors import UserError
 from vlp_jax.losses import distillation, keywords, masked
 from vlp_jax.methods import _towers
-from vlp_jax.methods._fusion import (
-  Embeddings,
-  FusionMethod,
-  shorten,
-  stack_rows,
-  unstack_rows,
-)
+from vlp_jax.methods._fusion import Embeddings, FusionMethod
+from vlp_jax.methods._matcher import shorten, stack_rows, unstack_rows
 from vlp_jax.methods.base import Mean, Output
 from vlp_jax.models.fusion import GroundedEncoder
 from vlp_jax.models.heads import Projection
@@ -380,6 +375,11 @@ def build(config) -> Simla:
     _towers.check(f"method.{field}", options[field], allowed)
   vision, stream = config.model.vision, config.model.stream
   patches = (config.data.image_size // vision.patch_size) ** 2
+  if vision.width != stream.width:
+    raise UserError(
+      "patches go through the stream as words do: config.model.vision.width="
+      f"{vision.width} must equal config.model.stream.width={stream.width}"
+    )
   if patches >= stream.max_len:
     raise UserError(
       f"{patches} patches and [CLS] go through the stream as if they were "

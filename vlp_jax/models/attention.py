@@ -112,13 +112,17 @@ class CrossAttention(nn.Module):
       mask: bool `[B or 1, T or 1, S]`, True = attend.
 
     Returns:
-      `[B, T, D]` and the probabilities `[B, N, T, S]`. What the collection
-      `perturbations` holds is added to them before they weigh the values: a
-      gradient with respect to it is one with respect to them.
+      `[B, T, D]` and the probabilities `[B, N, T, S]`. To these is added what
+      the collection `perturbations` holds, where it is given, before they
+      weigh the values: a gradient with respect to it is one with respect to
+      them.
     """
 
     def through(probabilities):
-      return self.perturb("attention_map", self.drop(probabilities))
+      weights = self.drop(probabilities)
+      if self.has_variable("perturbations", "attention_map"):
+        weights += self.get_variable("perturbations", "attention_map")
+      return weights
 
     attended, probabilities = attend(self.q(x), *keys_values, mask, through)
     return self.out(attended), probabilities
