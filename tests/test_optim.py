@@ -131,6 +131,30 @@ def test_schedule_edges():
   assert [float(schedule(i)) for i in range(4)] == [0.125, 0.25, 0.375, 0.5]
 
 
+def test_the_stairs_of_albef():
+  """30 epochs of 10,000 updates; 20 stairs of 100 in the warm-up."""
+  config = make_config(learning_rate=1e-4)
+  config.schedule.update(start_factor=0.1, end_factor=0.1, stairs=30)
+  _, schedule = optim.make_optimizer(config, 300_000, 2000)
+  values = {0: 1e-5, 99: 1e-5, 100: 1.45e-5, 1000: 5.5e-5, 1999: 9.55e-5}
+  values |= {2000: 1e-4, 9_999: 1e-4, 10_000: 9.975e-5, 19_999: 9.975e-5}
+  values |= {100_000: 7.75e-5, 200_000: 3.25e-5, 299_999: 1.025e-5}
+  for index, value in values.items():
+    np.testing.assert_allclose(schedule(index), value, rtol=1e-3)
+  for epoch in range(1, 30):
+    expected = 1e-5 + 4.5e-5 * (1 + np.cos(np.pi * epoch / 30))
+    for index in (10_000 * epoch, 10_000 * (epoch + 1) - 1):
+      np.testing.assert_allclose(schedule(index), expected, rtol=1e-5)
+
+
+def test_a_warm_up_from_a_factor():
+  config = make_config(learning_rate=1.0)
+  config.schedule.start_factor = 0.2
+  _, schedule = optim.make_optimizer(config, 8, 4)
+  got = [float(schedule(i)) for i in range(5)]
+  np.testing.assert_allclose(got, [0.2, 0.4, 0.6, 0.8, 1.0], rtol=1e-6)
+
+
 def test_decay_by_path():
   mask = by_name(optim.decay_mask(make_params()))
   assert {name for name, decayed in mask.items() if decayed} == DECAYED

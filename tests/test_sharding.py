@@ -24,7 +24,7 @@ from vlp_jax import optim, sharding, train_state
 from vlp_jax.methods import base
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "partition_specs.json"
-CONFIGS = ("clip", "coca", "sycoca")
+CONFIGS = ("albef", "clip", "coca", "simla", "sycoca")
 
 
 def _mesh(*shape):

@@ -29,6 +29,7 @@ RULES = (
   (r"down/kernel", ("tensor", "fsdp")),  # M D
   (r"embedding/embedding", ("tensor", "fsdp")),  # V D
   (r"vocabulary/kernel", ("fsdp", "tensor")),  # D V
+  (r"_queue", ("fsdp", None)),  # Q E
 )
 
 

@@ -139,6 +139,18 @@ class Gradcam(Matcher):
     return params[readout][number(batch["image"]), batch["text"][:, 1]]
 
 
+class Speller(Dual):
+  """Finds keywords: the caption's own number, and the one after it."""
+
+  def keywords(self, params, batch):
+    own = batch["text"][:, 1:2]
+    none = jnp.full_like(own, -1)
+    return {
+      "chosen": jnp.where(own > 1, jnp.concatenate([own, own], 1), none),
+      "added": own + 1,
+    }
+
+
 def watch_states(monkeypatch) -> list[list[int]]:
   """Keeps the numbers of the pictures of every batch that gets a state."""
   seen = []
