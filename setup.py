@@ -9,7 +9,7 @@ _BEAM = "apache-beam>=2.65"
 setup(
   name="vlp_jax",
   version="0.1.0",
-  description="Vision-language pretraining in JAX: SyCoCa, SIMLA, CoCa, ALBEF, CLIP",
+  description="Vision-language pretraining in JAX: SyCoCa, SIMLA and baselines",
   long_description=pathlib.Path(__file__).with_name("README.md").read_text()
   if pathlib.Path(__file__).with_name("README.md").exists()
   else "",
