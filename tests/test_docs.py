@@ -8,6 +8,7 @@ import pytest
 
 from vlp_jax import config as config_lib
 from vlp_jax import evaluate, export
+from vlp_jax.convert import albef as convert_albef
 from vlp_jax.data import build, train_tokenizer
 from vlp_jax.data.prepare import __main__ as prepare
 from vlp_jax.flags import parse_flags
@@ -44,6 +45,11 @@ def test_commands_are_understood(page):
     if module == "main":
       config, _ = config_lib.parse_command_line(args, {"workdir": ""}, "")
       assert config.method.name
+    elif module == "convert.albef":
+      _, flags = config_lib.parse_command_line(args, convert_albef.FLAGS, "")
+      assert flags["output"]
+    elif module == "convert.dalle":
+      assert [pathlib.Path(arg).suffix for arg in args] == [".pkl", ".npz"]
     else:
       flags, _ = parse_flags(args, FLAGS[module])
       assert flags["name" if module.startswith("data.") else "workdir"]

@@ -32,6 +32,7 @@ from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
 from vlp_jax.ops import patches as patches_lib
 
+FLAGS = {"deit": "", "bert": "", "released": "", "output": ""}
 State = Mapping[str, np.ndarray]
 _Get = Callable[[str], np.ndarray]
 
@@ -85,8 +86,7 @@ def towers(
 
 def main(argv: Sequence[str]) -> None:
   """Runs the command; `argv` is without the program's name."""
-  files = {"deit": "", "bert": "", "released": "", "output": ""}
-  config, flags = config_lib.parse_command_line(argv, files, __doc__)
+  config, flags = config_lib.parse_command_line(argv, FLAGS, __doc__)
   towers_given = flags["deit"] or flags["bert"]
   if bool(flags["released"]) == bool(towers_given) or not flags["output"]:
     raise UserError(
