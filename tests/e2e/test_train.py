@@ -146,8 +146,8 @@ def test_bad_records_are_counted_and_stop_a_run(folder):
       f"--config.data.source={folder / 'b' / 'pairs.jsonl'}",
       f"--workdir={folder / workdir}",
       *commands.SMALL,
-      "--config.total_steps=70",
-      "--config.checkpoint.every_steps=20",
+      "--config.batch_size=128",
+      "--config.total_steps=9",
       *more,
       cwd=folder,
     )
@@ -157,7 +157,7 @@ def test_bad_records_are_counted_and_stop_a_run(folder):
   assert "warning: skipped" in err and "Traceback" not in err
   error = err.splitlines()[-1]
   assert error.startswith("error: ") and "data.max_bad=0.01" in error
-  assert "of the 1008 records" in error
+  assert "of the 1024 records" in error
   for workdir in ("strict", "lenient"):
     status, _, err = train(workdir, "--config.data.max_bad=0.5")
     assert status == 0, err
@@ -167,8 +167,8 @@ def test_bad_records_are_counted_and_stop_a_run(folder):
     for line in commands.lines(folder / "strict")
     if "train/loss" in line
   ]
-  assert len(trained) == 70 and trained == sorted(trained)
-  # A quarter of 1,120 rows is of `a`, of which about a tenth is bad.
+  assert len(trained) == 9 and trained == sorted(trained)
+  # A quarter of 1,152 rows is of `a`, of which about a tenth is bad.
   assert 20 <= trained[-1] <= 36
 
 
