@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -133,7 +134,12 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     checkpoints.save(step, state, meta, scores)
 
   results: dict[str, float] = {}
-  with Preemption() as preemption, progress:
+  with contextlib.ExitStack() as stack:
+    preemption = stack.enter_context(Preemption())
+    # However it ends, a save that is under way gets to the disk first.
+    stack.enter_context(contextlib.closing(checkpoints))
+    stack.enter_context(contextlib.closing(batches))
+    stack.enter_context(progress)
     for step in range(start + 1, total_steps + 1):
       with progress.waiting():
         batch = sharding.put_batch(next(batches), mesh)
@@ -157,14 +163,11 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
         with progress.pause("saving"):
           save(step, results)
       if stopping:
-        checkpoints.wait()
         raise command.Preempted(
           f"preempted: saved step {step} in {workdir}; the same command resumes"
         )
-  batches.close()
   if start >= total_steps:
     results = evaluate(evaluators, config, state.params, state.ema_params)
-  checkpoints.close()
   pictures_lib.make_pictures(method, state.params, env, workdir)
   writer.close()
   metrics.write_results(
