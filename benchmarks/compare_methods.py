@@ -1,6 +1,9 @@
 """Trains every method at `tiny`, at equal time, and makes the results table.
 
   python benchmarks/compare_methods.py --minutes=7 --output=runs/compare
+  python benchmarks/compare_methods.py --table=matching --output=runs/matching
+
+The first compares captioners, the second ALBEF and SIMLA.
 
 One run a core, side by side, each on one device pinned to its core. Equal
 time means: every row's step is timed first, under the same conditions, and
@@ -22,7 +25,7 @@ import sys
 import time
 
 # Name of the row, config, what it changes, seeds.
-ROWS = (
+CAPTIONING = (
   ("CoCa", "configs/coca.py", (), (0, 1)),
   ("SyCoCa", "configs/sycoca.py", (), (0, 1)),
   ("CLIP", "configs/clip.py", (), (0,)),
@@ -51,7 +54,38 @@ ROWS = (
     (0,),
   ),
 )
-COLUMNS = (
+MATCHING = (
+  ("ALBEF", "configs/albef.py", (), (0, 1)),
+  ("SIMLA", "configs/simla.py", (), (0, 1)),
+  (
+    "SIMLA without keywords (PSL)",
+    "configs/simla.py",
+    ("method.keyword_weight=0",),
+    (0, 1),
+  ),
+  (
+    "SIMLA without hidden patches (MIM)",
+    "configs/simla.py",
+    ("method.patch_weight=0",),
+    (0, 1),
+  ),
+)
+MATCHING_COLUMNS = (
+  "eval/retrieval/i2t_r1",
+  "eval/retrieval/t2i_r1",
+  "eval/reranking/i2t_r1",
+  "eval/reranking/t2i_r1",
+  "eval/reranking/i2t_r10",
+  "eval/reranking/t2i_r10",
+  "eval/pointing/accuracy",
+  "eval/binding/contrastive",
+  "eval/binding/matching",
+  "eval/relation/contrastive",
+  "eval/relation/matching",
+  "eval_comp/reranking/i2t_r1",
+  "eval_comp/binding/matching",
+)
+CAPTIONING_COLUMNS = (
   "eval/retrieval/i2t_r1",
   "eval/retrieval/t2i_r1",
   "eval/retrieval/i2t_r10",
@@ -66,6 +100,10 @@ COLUMNS = (
   "eval_comp/retrieval/i2t_r1",
   "eval_comp/captioning/true",
 )
+TABLES = {
+  "captioning": (CAPTIONING, CAPTIONING_COLUMNS),
+  "matching": (MATCHING, MATCHING_COLUMNS),
+}
 TIMED_STEPS = 60
 
 
@@ -122,13 +160,13 @@ def seconds_per_step(workdir: pathlib.Path) -> float:
   return config["batch_size"] / [rate for rate in rates if rate][-1]
 
 
-def calibrate(output: pathlib.Path, seconds: float) -> dict[str, int]:
+def calibrate(rows, output: pathlib.Path, seconds: float) -> dict[str, int]:
   """Finds how many steps of each row fit into the time."""
   path = output / "steps.json"
   if path.exists():
     return json.loads(path.read_text())
   jobs = []
-  for name, config, changes, _ in ROWS:
+  for name, config, changes, _ in rows:
     short = (
       *changes,
       f"total_steps={TIMED_STEPS}",
@@ -141,19 +179,19 @@ def calibrate(output: pathlib.Path, seconds: float) -> dict[str, int]:
   run_side_by_side(jobs, output / "timed" / "logs")
   steps = {
     name: int(seconds / seconds_per_step(output / "timed" / slug(name)))
-    for name, *_ in ROWS
+    for name, *_ in rows
   }
   path.write_text(json.dumps(steps, indent=2) + "\n")
   return steps
 
 
-def table(output: pathlib.Path, steps: dict[str, int]) -> str:
+def table(rows, columns, output: pathlib.Path, steps: dict[str, int]) -> str:
   """Makes the table in Markdown: a row's mean, and its seeds' spread."""
-  heads = [name.removeprefix("eval/").removeprefix("eval_") for name in COLUMNS]
+  heads = [name.removeprefix("eval/").removeprefix("eval_") for name in columns]
   text = ["| row | seeds | steps | " + " | ".join(heads) + " |"]
   text.append("|" + "---|" * (len(heads) + 3))
   constants = {}
-  for name, _, _, seeds in ROWS:
+  for name, _, _, seeds in rows:
     results = [
       json.loads((output / f"{slug(name)}_{seed}" / "results.json").read_text())
       for seed in seeds
@@ -163,7 +201,7 @@ def table(output: pathlib.Path, steps: dict[str, int]) -> str:
     # other pictures score: that is the first row's.
     constants = metrics[0] | constants
     cells = []
-    for column in COLUMNS:
+    for column in columns:
       values = [m[column] for m in metrics if column in m]
       cell = f"{statistics.mean(values):.3f}" if values else "–"
       if len(values) > 1:
@@ -177,7 +215,7 @@ def table(output: pathlib.Path, steps: dict[str, int]) -> str:
   ):
     cells = [
       next((f"{constants[k]:.3f}" for k in where(c) if k in constants), "–")
-      for c in COLUMNS
+      for c in columns
     ]
     text.append(f"| {name} | | | " + " | ".join(cells) + " |")
   return "\n".join(text) + "\n"
@@ -187,13 +225,15 @@ def main() -> None:
   """Calibrates, trains what is missing, writes the table."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--minutes", type=float, default=7.0)
+  parser.add_argument("--table", choices=TABLES, default="captioning")
   parser.add_argument("--output", type=pathlib.Path, default="runs/compare")
   args = parser.parse_args()
   args.output.mkdir(parents=True, exist_ok=True)
-  steps = calibrate(args.output, args.minutes * 60)
+  rows, columns = TABLES[args.table]
+  steps = calibrate(rows, args.output, args.minutes * 60)
   jobs = []
   commands = []
-  for name, config, changes, seeds in ROWS:
+  for name, config, changes, seeds in rows:
     for seed in seeds:
       workdir = args.output / f"{slug(name)}_{seed}"
       changed = (*changes, f"seed={seed}", f"total_steps={steps[name]}")
@@ -204,7 +244,9 @@ def main() -> None:
       if not (workdir / "results.json").exists():
         jobs.append(job)
   run_side_by_side(jobs, args.output / "logs")
-  text = table(args.output, steps) + "\n" + "\n".join(commands) + "\n"
+  text = (
+    table(rows, columns, args.output, steps) + "\n" + "\n".join(commands) + "\n"
+  )
   (args.output / "table.md").write_text(text)
   print(text)
 
