@@ -40,7 +40,7 @@ setup(
     "tokenizers>=0.21",
   ],
   extras_require={
-    "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.8", _BEAM],
+    "test": ["pytest>=8.0", "pytest-xdist>=3.7", "ruff>=0.8", _BEAM],
     "beam": [_BEAM],
     "parity": [
       "torch>=2.6",

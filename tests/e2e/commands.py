@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 from tests import toys
+from vlp_jax import config as config_lib
 
 # Small enough that a run takes seconds once it is compiled.
 SMALL = [
@@ -23,6 +24,12 @@ def _xla_flags() -> str:
   """Has XLA compile fast; the numbers of two runs stay comparable."""
   options = toys.compiler_options()
   return " ".join(f"--{k}={str(v).lower()}" for k, v in options.items())
+
+
+def no_evaluations(config: str) -> list[str]:
+  """Flags that leave out what a config evaluates."""
+  evals = config_lib.load(config).evals
+  return [f"--config.evals.{name}.split=nowhere" for name in evals]
 
 
 def start(
