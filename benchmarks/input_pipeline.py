@@ -133,16 +133,21 @@ def caption(seed: int) -> str:
   return " ".join(draw.choice(words.split(), size=10))
 
 
+def add_pair(tar: tarfile.TarFile, number: int, picture: bytes) -> None:
+  """Adds a picture and a caption, as img2dataset does."""
+  for suffix, data in ("jpg", picture), ("txt", caption(number).encode()):
+    info = tarfile.TarInfo(f"{number:06d}.{suffix}")
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
 def write_shards(folder: pathlib.Path, count: int = PICTURES) -> None:
   """Writes the pictures as four tar shards."""
   folder.mkdir()
   for shard in range(4):
     with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
       for i in range(shard, count, 4):
-        for suffix, data in ("jpg", photo(i)), ("txt", caption(i).encode()):
-          info = tarfile.TarInfo(f"{i:06d}.{suffix}")
-          info.size = len(data)
-          tar.addfile(info, io.BytesIO(data))
+        add_pair(tar, i, photo(i))
 
 
 # --- The contenders: facts, and a function that makes so many batches --------
@@ -275,7 +280,9 @@ def prepare(source: pathlib.Path, data: pathlib.Path, *flags: str) -> None:
 def speed(folder: pathlib.Path, options: argparse.Namespace) -> dict:
   write_shards(folder / "shards")
   prepare(folder / "shards", folder / "tfds", "--splits=train:1")
-  names = [n for n in MAKERS if "webdataset" not in n or has_webdataset()]
+  names = list(MAKERS)
+  if not open_clip_peer.available("webdataset"):
+    names = [name for name in names if "webdataset" not in name]
 
   def start(name: str) -> rounds.Worker:
     sys.argv.append(f"--data={folder}")
@@ -301,16 +308,6 @@ def speed(folder: pathlib.Path, options: argparse.Namespace) -> dict:
   )
 
 
-def has_webdataset() -> bool:
-  try:
-    open_clip_peer.load()
-    import webdataset  # noqa: F401
-  except ImportError as error:
-    print(f"without webdataset: {error}", file=sys.stderr)
-    return False
-  return True
-
-
 def memory(folder: pathlib.Path) -> dict:
   """Returns peaks in MiB of preparing and of reading, by number of records."""
   rows = {}
@@ -320,10 +317,7 @@ def memory(folder: pathlib.Path) -> dict:
     data = photo(0, 64, 48)
     with tarfile.open(place / "shards" / "0.tar", "w") as tar:
       for i in range(count):
-        for suffix, content in ("jpg", data), ("txt", caption(i).encode()):
-          info = tarfile.TarInfo(f"{i:06d}.{suffix}")
-          info.size = len(content)
-          tar.addfile(info, io.BytesIO(content))
+        add_pair(tar, i, data)
     for what in ("prepare", "read"):
       flags = [f"--peak={what}", f"--data={place}"]
       done = subprocess.run(

@@ -5,6 +5,7 @@ Imports nothing of open_clip or PyTorch until it is asked to.
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import numpy as np
@@ -36,6 +37,18 @@ def load():
   import open_clip
 
   return open_clip
+
+
+def available(*more: str) -> bool:
+  """Tells whether open_clip and other modules can be imported; says if not."""
+  try:
+    load()
+    for name in more:
+      importlib.import_module(name)
+  except ImportError as error:
+    print(f"without the peer: {error}", file=sys.stderr)
+    return False
+  return True
 
 
 def build(config: ConfigDict):

@@ -35,9 +35,8 @@ import math
 import os
 import pathlib
 import statistics
-import sys
 
-from benchmarks import rounds
+from benchmarks import open_clip_peer, rounds
 from vlp_jax import huge_pages
 
 SAME = (  # as open_clip's `coca_base`
@@ -78,7 +77,7 @@ def main() -> None:
     run(3)
     rounds.serve(facts, run)
     return
-  names = [*(PEERS if has_peer() else ()), *OURS]
+  names = [*(PEERS if open_clip_peer.available() else ()), *OURS]
   facts, seconds = rounds.compare(names, start, options.rounds, options.steps)
   record = summarize(options, facts, seconds)
   show(record)
@@ -102,17 +101,6 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
   parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
   return parser.parse_args()
-
-
-def has_peer() -> bool:
-  from benchmarks import open_clip_peer
-
-  try:
-    open_clip_peer.load()
-  except ImportError as error:
-    print(f"without open_clip: {error}", file=sys.stderr)
-    return False
-  return True
 
 
 def load_config(name: str, batch_size: int):
@@ -186,8 +174,6 @@ def make_ours(options: argparse.Namespace):
 
 def make_peer(options: argparse.Namespace):
   import torch
-
-  from benchmarks import open_clip_peer
 
   torch.set_num_threads(rounds.cores())
   config = load_config("coca_base", options.batch_size)

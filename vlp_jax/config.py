@@ -353,7 +353,7 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-  """Reads what `to_json` wrote; `data` fields that are new have defaults."""
+  """Reads what `to_json` wrote; common fields that are new have defaults."""
 
   def tuples(value):  # they became lists
     if isinstance(value, dict):
@@ -364,8 +364,9 @@ def from_json(text: str) -> ConfigDict:
     config = ConfigDict(tuples(json.loads(text)))
   except ValueError as error:
     raise UserError(f"not a config in JSON: {error}") from None
-  if "data" in config:
-    config.data = default_config().data.to_dict() | config.data.to_dict()
+  for name, section in default_config().items():
+    if isinstance(section, ConfigDict) and name in config:
+      config[name] = section.to_dict() | config[name].to_dict()
   return config.lock()
 
 

@@ -11,22 +11,19 @@ Prints a table, and writes evaluation_<step>.json into the folder.
 """
 
 import json
-import sys
 from collections.abc import Sequence
 
 from vlp_jax import command, metrics, runs, train
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import base as evaluators
-from vlp_jax.flags import parse_flags
+from vlp_jax.flags import parse_flags, print_help
 
 FLAGS = dict(workdir="", step=-1, best=False, ema=False)
 
 
 def main(argv: Sequence[str]) -> None:
   """Reads the command line and evaluates."""
-  if {"-h", "--help"} & set(argv):
-    print(__doc__.strip())
-    sys.exit(0)
+  print_help(argv, __doc__)
   flags, overrides = parse_flags(argv, FLAGS)
   if not flags["workdir"]:
     raise UserError("--workdir=DIR is missing; --help shows the usage")

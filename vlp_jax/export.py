@@ -11,13 +11,12 @@
 
 import json
 import pathlib
-import sys
 from collections.abc import Sequence
 
 from vlp_jax import checkpoint, command, runs
 from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
-from vlp_jax.flags import parse_flags
+from vlp_jax.flags import parse_flags, print_help
 from vlp_jax.ops import patches
 
 FORMATS = ("orbax",)
@@ -28,9 +27,7 @@ FLAGS = dict(
 
 def main(argv: Sequence[str]) -> None:
   """Reads the command line and exports."""
-  if {"-h", "--help"} & set(argv):
-    print(__doc__.strip())
-    sys.exit(0)
+  print_help(argv, __doc__)
   flags, overrides = parse_flags(argv, FLAGS)
   if not flags["workdir"]:
     raise UserError("--workdir=DIR is missing; --help shows the usage")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,6 +57,37 @@ def parse_flags(
     else:
       values[name] = parse_value(f"--{name}", text, flags[name])
   return values, overrides
+
+
+def print_help(argv: Sequence[str], usage: str) -> None:
+  """Where `-h` or `--help` is among the arguments: prints, exits with 0."""
+  if {"-h", "--help"} & set(argv):
+    print(usage.strip())
+    sys.exit(0)
+
+
+def parse_only_flags(
+  argv: Sequence[str], flags: Mapping[str, Any], usage: str
+) -> dict[str, Any]:
+  """Reads the arguments of a command that has flags and no config.
+
+  Args:
+    argv: the arguments, without the program's name.
+    flags: names and defaults; a default's type is the flag's.
+    usage: what `--help` prints.
+
+  Returns:
+    All flags with their values.
+
+  Raises:
+    UserError: on an unknown flag, a bad value, or a field of a config.
+    SystemExit: with status 0, after `--help`.
+  """
+  print_help(argv, usage)
+  values, overrides = parse_flags(argv, flags)
+  if overrides:
+    raise UserError("this command takes no --config; see --help")
+  return values
 
 
 def parse_value(name: str, text: str, like: Any) -> Any:

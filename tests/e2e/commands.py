@@ -58,6 +58,22 @@ def run(module: str, *args: str, cwd: pathlib.Path, **environ: str):
   return process.returncode, out, err
 
 
+def train(
+  method: str, workdir: str, *args: str, cwd: pathlib.Path
+) -> tuple[pathlib.Path, str]:
+  """Runs a method's `debug` size to its end: (its folder, stdout)."""
+  status, out, err = run(
+    "main",
+    f"--config=configs/{method}.py:debug",
+    f"--workdir={cwd / workdir}",
+    *SMALL,
+    *args,
+    cwd=cwd,
+  )
+  assert status == 0, err
+  return cwd / workdir, out
+
+
 def results(workdir: pathlib.Path) -> dict:
   """Reads what a run has left."""
   return json.loads((workdir / "results.json").read_text())

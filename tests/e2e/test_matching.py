@@ -10,19 +10,6 @@ def folder(tmp_path_factory):
   return tmp_path_factory.mktemp("runs")
 
 
-def train(folder, method, workdir, *more):
-  status, out, err = commands.run(
-    "main",
-    f"--config=configs/{method}.py:debug",
-    f"--workdir={folder / workdir}",
-    *commands.SMALL,
-    *more,
-    cwd=folder,
-  )
-  assert status == 0, err
-  return folder / workdir, out
-
-
 def assert_complete(workdir):
   results = commands.results(workdir)
   expected = {
@@ -39,19 +26,19 @@ def assert_complete(workdir):
 
 
 def test_albef(folder):
-  workdir, _ = train(folder, "albef", "albef")
+  workdir, _ = commands.train("albef", "albef", cwd=folder)
   assert_complete(workdir)
 
 
 def test_simla_resumes_with_its_queues_teacher_and_tokenizer(folder):
   constant = "--config.schedule.name=constant"
-  whole, out = train(folder, "simla", "whole", constant)
+  whole, out = commands.train("simla", "whole", constant, cwd=folder)
   assert_complete(whole)
   shown = out.partition("keywords of captions")[2].splitlines()
   assert sum("; adds " in line for line in shown) == 4
   rest = constant, *commands.no_evaluations("configs/simla.py:debug")
-  train(folder, "simla", "parts", "--config.total_steps=4", *rest)
-  parts, _ = train(folder, "simla", "parts", *rest)
+  commands.train("simla", "parts", "--config.total_steps=4", *rest, cwd=folder)
+  parts, _ = commands.train("simla", "parts", *rest, cwd=folder)
   first, second = commands.results(whole), commands.results(parts)
   assert first["params_sha256"] == second["params_sha256"]
   losses = [

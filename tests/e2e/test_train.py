@@ -22,18 +22,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(folder):
   """Runs every method's `debug` size once; returns the folders by name."""
-  folders = {}
-  for method in METHODS:
-    status, _, err = commands.run(
-      "main",
-      f"--config=configs/{method}.py:debug",
-      f"--workdir={folder / method}",
-      *commands.SMALL,
-      cwd=folder,
-    )
-    assert status == 0, err
-    folders[method] = folder / method
-  return folders
+  return {
+    method: commands.train(method, method, cwd=folder)[0] for method in METHODS
+  }
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -174,16 +165,8 @@ def test_bad_records_are_counted_and_stop_a_run(folder):
 
 
 def test_evaluating_leaves_training_alone(finished, folder):
-  workdir = folder / "unwatched"
-  status, _, err = commands.run(
-    "main",
-    "--config=configs/sycoca.py:debug",
-    f"--workdir={workdir}",
-    *commands.SMALL,
-    "--config.evals.validation.every_steps=0",
-    cwd=folder,
-  )
-  assert status == 0, err
+  unwatched = "--config.evals.validation.every_steps=0"
+  workdir, _ = commands.train("sycoca", "unwatched", unwatched, cwd=folder)
   watched = commands.results(finished["sycoca"])["params_sha256"]
   assert commands.results(workdir)["params_sha256"] == watched
 

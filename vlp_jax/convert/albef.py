@@ -24,11 +24,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flax import traverse_util
 from ml_collections import ConfigDict
 
 from vlp_jax import command
 from vlp_jax import config as config_lib
+from vlp_jax.convert import npz
 from vlp_jax.errors import UserError
 from vlp_jax.ops import patches as patches_lib
 
@@ -93,19 +93,14 @@ def main(argv: Sequence[str]) -> None:
       "give --output=FILE.npz, and --deit=FILE, --bert=FILE or both, or "
       "--released=FILE"
     )
+  output = pathlib.Path(flags["output"]).expanduser()
+  npz.check_name(output)
   if flags["released"]:
     params = from_albef(read(flags["released"]), config)
   else:
     states = {k: read(flags[k]) for k in ("deit", "bert") if flags[k]}
     params = towers(config, **states)
-  output = pathlib.Path(flags["output"]).expanduser()
-  if output.suffix != ".npz":
-    raise UserError(f"{output}: what is written is a .npz file; name it so")
-  command.make_folder(output.parent)
-  arrays = traverse_util.flatten_dict(params, sep="/")
-  np.savez(output, **arrays)
-  count = sum(array.size for array in arrays.values())
-  print(f"{count:,} parameters, in {output}")
+  print(f"{npz.write(output, params):,} parameters, in {output}")
 
 
 def read(path: str) -> dict[str, np.ndarray]:

@@ -18,8 +18,6 @@ import os
 import pathlib
 import pickle
 import re
-import sys
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +25,9 @@ import numpy as np
 from flax import traverse_util
 
 from vlp_jax import command
+from vlp_jax.convert import npz
 from vlp_jax.errors import UserError
+from vlp_jax.flags import print_help
 
 # Beside tensors and containers of Python, which PyTorch lets through.
 CLASSES = (
@@ -55,21 +55,14 @@ class _Part:
 
 def main(argv: Sequence[str]) -> None:
   """Runs the command; `argv` is without the program's name."""
-  if {"-h", "--help"} & set(argv):
-    print(__doc__.strip())
-    sys.exit(0)
+  print_help(argv, __doc__)
   if len(argv) != 2 or any(argument.startswith("-") for argument in argv):
     raise UserError(
       "give two files: python -m vlp_jax.convert.dalle encoder.pkl encoder.npz"
     )
   source, target = (pathlib.Path(name).expanduser() for name in argv)
-  if target.suffix != ".npz":
-    raise UserError(f"{target}: what is written is a .npz file; name it so")
-  params = from_dalle(read(source))
-  command.make_folder(target.parent)
-  arrays = traverse_util.flatten_dict(params, sep="/")
-  _write(target, arrays)
-  count = sum(array.size for array in arrays.values())
+  npz.check_name(target)
+  count = npz.write(target, from_dalle(read(source)))
   print(f"{count:,} parameters of DALL-E's encoder, in {target}")
 
 
@@ -167,17 +160,6 @@ def _refusal(path: str | os.PathLike, reason: str) -> str:
     f"{path} holds {name[1]}, which is no part of DALL-E's encoder; nothing "
     "of the file was run"
   )
-
-
-def _write(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-  """Writes a .npz file whole or not at all."""
-  temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-  try:
-    with temporary.open("wb") as file:
-      np.savez(file, **arrays)
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import tensorflow_datasets as tfds
 from vlp_jax import command
 from vlp_jax.data import builders, sources
 from vlp_jax.errors import UserError
-from vlp_jax.flags import did_you_mean, parse_flags
+from vlp_jax.flags import did_you_mean, parse_only_flags
 
 FLAGS = dict(name="", manual_dir="", data_dir="")
 # What TFDS's own builders need, and nothing else here does.
@@ -35,13 +35,8 @@ _NEEDED_BY_TFDS = ("tensorflow", "importlib_resources")
 
 def main(argv: Sequence[str]) -> None:
   """Reads the command line and builds."""
-  if {"-h", "--help"} & set(argv):
-    print(__doc__.strip())
-    sys.exit(0)
+  flags = parse_only_flags(argv, FLAGS, __doc__)
   logging.getLogger("absl").setLevel(logging.ERROR)  # folders that are new
-  flags, overrides = parse_flags(argv, FLAGS)
-  if overrides:
-    raise UserError("this command takes no --config; --help shows the usage")
   build(flags["name"], flags["manual_dir"], flags["data_dir"])
 
 

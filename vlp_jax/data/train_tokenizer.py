@@ -13,7 +13,6 @@ Trains a SentencePiece tokenizer on the captions of a data set.
 from __future__ import annotations
 
 import pathlib
-import sys
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
@@ -27,12 +26,7 @@ FLAGS = dict(name="", source="", split="train", vocab_size=32_000, output="")
 
 def main(argv: Sequence[str]) -> None:
   """Runs the command; `argv` is without the program's name."""
-  if {"-h", "--help"} & set(argv):
-    print(__doc__.strip())
-    sys.exit(0)
-  values, overrides = flags.parse_flags(argv, FLAGS)
-  if overrides:
-    raise UserError("this command takes no --config; see --help")
+  values = flags.parse_only_flags(argv, FLAGS, __doc__)
   if bool(values["name"]) == bool(values["source"]):
     raise UserError("give --name=NAME or --source=FILE.jsonl; see --help")
   if values["vocab_size"] < 1:

@@ -250,6 +250,20 @@ class Evaluator:
       }
 
 
+def choose_readout(kind: str, readout: str, method: Method) -> str:
+  """Returns a readout of the method's maps; empty means the first.
+
+  Raises:
+    UserError: if it has none of that name; `kind` is the evaluator's type.
+  """
+  if readout and readout not in method.readouts:
+    raise UserError(
+      f"{kind}'s field readout is {readout!r}, but the method has "
+      f"{', '.join(method.readouts)}"
+    )
+  return readout or method.readouts[0]
+
+
 def available() -> list[str]:
   """Lists the evaluator types."""
   import vlp_jax.evaluators as package

@@ -61,12 +61,7 @@ class Evaluator(base.Evaluator):
 
   def __init__(self, method, config, env):
     super().__init__(method, config, env)
-    self.readout = config.readout or method.readouts[0]
-    if self.readout not in method.readouts:
-      raise UserError(
-        f"grounding's field readout is {self.readout!r}, but the method has "
-        f"{', '.join(method.readouts)}"
-      )
+    self.readout = base.choose_readout("grounding", config.readout, method)
     self._expressions = [
       expression
       for i, record in enumerate(self.records)

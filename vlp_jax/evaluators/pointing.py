@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vlp_jax.errors import UserError
 from vlp_jax.evaluators import _batching, base
 from vlp_jax.methods.base import Method
 
@@ -37,12 +36,7 @@ class Evaluator(base.Evaluator):
 
   def __init__(self, method, config, env):
     super().__init__(method, config, env)
-    self.readout = config.readout or method.readouts[0]
-    if self.readout not in method.readouts:
-      raise UserError(
-        f"pointing's field readout is {self.readout!r}, but the method has "
-        f"{', '.join(method.readouts)}"
-      )
+    self.readout = base.choose_readout("pointing", config.readout, method)
 
   @functools.cached_property
   def _phrases(self) -> list[tuple[int, str, list[float]]]:

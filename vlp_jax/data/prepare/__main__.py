@@ -31,7 +31,6 @@ Killed and started again, it goes on from the finished shards.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 
 from vlp_jax import command, flags
@@ -59,12 +58,7 @@ FLAGS = {
 
 def main(argv: Sequence[str]) -> None:
   """Runs the command; `argv` is without the program's name."""
-  if {"-h", "--help"} & set(argv):
-    print(__doc__.strip())
-    sys.exit(0)
-  values, overrides = flags.parse_flags(argv, FLAGS)
-  if overrides:
-    raise UserError("this command takes no --config; see --help")
+  values = flags.parse_only_flags(argv, FLAGS, __doc__)
   values["max_bad"] = _share(values["max_bad"])
   beam_options = values.pop("beam_options")
   options = run.Options(**values)
