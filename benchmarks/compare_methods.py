@@ -69,6 +69,12 @@ MATCHING = (
     ("method.patch_weight=0",),
     (0, 1),
   ),
+  (
+    "SIMLA without hidden patches and words (XMM)",
+    "configs/simla.py",
+    ("method.patch_weight=0", "method.word_weight=0"),
+    (0, 1),
+  ),
 )
 MATCHING_COLUMNS = (
   "eval/retrieval/i2t_r1",

@@ -100,6 +100,6 @@ class ReleaseCalls(Simla):
     (maps,) = layers["self_attention"]["map"]
     ids, counted = self._choose(stop(maps[-1, :, :, 0]), text, text_len)
     terms["psl"] = self._keyword_term(
-      params, ema, student.image, teacher.image, ids, counted, alpha
+      (params, patches), (ema, teacher_patches), ids, counted, alpha
     )
     return Output(self.share(student, teacher), terms, {})

@@ -20,7 +20,7 @@ def tiny(config):
   presets.fusion_tiny(config)
   # One layer for text alone, two that look at pictures.
   config.model.stream.text_depth = 1
-  config.total_steps = 1500
+  config.total_steps = 2800
 
 
 def debug(config):

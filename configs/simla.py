@@ -14,6 +14,7 @@ def get_config(size: str = "tiny"):
   config = presets.base("simla")
   presets.fusion(config)
   config.method.update(
+    word_weight=1.0,
     patch_weight=1.0,
     keyword_weight=1.0,
     visual_tokenizer="patches",  # or "dalle", or "pixels"
@@ -24,6 +25,7 @@ def get_config(size: str = "tiny"):
     mlm_axis="vocabulary",
     keyword_specials=False,
     num_keywords=4,
+    keyword_feature="embedding",  # or "cls", as the paper has it
     keyword_image="teacher",
     patch_text="teacher",
     stop_ids=(),
@@ -35,7 +37,7 @@ def get_config(size: str = "tiny"):
 
 def tiny(config):
   presets.fusion_tiny(config)
-  config.total_steps = 900
+  config.total_steps = 1400
   config.evals.keywords_test = presets.evaluation("keywords", "test")
 
 
@@ -71,3 +73,4 @@ def reference(config):
     patch_text="student",
   )
   config.schedule.stairs = 30  # its learning rate changes with the epoch
+  config.optimizer.decay_also = ("tokens", "temperature")

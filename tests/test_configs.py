@@ -136,6 +136,14 @@ def test_coca_has_the_papers_parameters(size, width, depths, mlps):
   assert round(sum(expected.values()) / 1e6) == millions
 
 
+def test_simla_s_towers_are_those_of_the_paper():
+  """ "223M": a ViT with a mask token, BERT with cross-attention, no heads."""
+  params = _params("configs/simla.py:b16")
+  vision = _count(params["vision"]) + _count(params["vision_norm"])
+  assert vision == 85_845_504
+  assert _count(params["stream"]) == 137_256_960
+
+
 @pytest.mark.parametrize(("name", "size"), COUNTS)
 def test_counts(name, size):
   assert _count(_params(f"configs/{name}.py:{size}")) == COUNTS[name, size]
@@ -213,8 +221,10 @@ def _other(name, value):
     "decoders": ("separate", "shared"),
     "visual_tokenizer": ("patches", "pixels"),
     "mlm_axis": ("vocabulary", "sequence"),
+    "keyword_feature": ("embedding", "cls"),
     "keyword_image": ("teacher", "student"),
     "patch_text": ("teacher", "student"),
+    "init": ("bert", "clip"),
     "start": ("", "start.npz"),
     "visual_weights": ("", "weights.npz"),
     "stop_ids": ((), (1, 2)),

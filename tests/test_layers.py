@@ -16,6 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 _INFRASTRUCTURE = {
   *("sharding", "optim", "checkpoint", "metrics", "config", "flags", "command"),
+  "factors",
 }
 _COMMAND_LINE = {"command", "flags"}
 _LOOP = {"train_state", "train_step", "train"}
@@ -27,7 +28,7 @@ ALLOWED = {
   "models": {"ops"},
   "losses": {"ops"},
   "methods": {"models", "losses", "ops"},
-  "data": {"ops"},
+  "data": {"ops", "factors"},
   "convert": {"ops", "config"},
   **{name: {"ops", *_INFRASTRUCTURE} for name in _INFRASTRUCTURE},
   "huge_pages": set(),

@@ -105,6 +105,7 @@ DECAYED = {
   "embedding/embedding",
   "vocabulary/kernel",
 }
+TOKENS = {"pool/query", "pos", "cls", "mask_token"}
 
 
 def by_name(tree):
@@ -158,6 +159,27 @@ def test_a_warm_up_from_a_factor():
 def test_decay_by_path():
   mask = by_name(optim.decay_mask(make_params()))
   assert {name for name, decayed in mask.items() if decayed} == DECAYED
+  more = by_name(optim.decay_mask(make_params(), ("tokens",)))
+  more = {name for name, decayed in more.items() if decayed}
+  assert more == DECAYED | TOKENS
+  mask = by_name(optim.decay_mask(make_params(), ("tokens", "temperature")))
+  everything = {name for name, decayed in mask.items() if decayed}
+  assert everything == DECAYED | TOKENS | {"logit_scale"}
+
+
+def test_what_else_decays():
+  """Without a gradient, decay is all that moves a parameter."""
+  config = make_config(weight_decay=0.5, decay_also=("tokens", "temperature"))
+  start = make_params()
+  zeros = jax.tree.map(jnp.zeros_like, start)
+  got, _ = run(config, [zeros], start)
+  factor = 1 - 0.5 * rate(0, config.optimizer.learning_rate)
+  for name, value in by_name(got).items():
+    moved = name in DECAYED | TOKENS | {"logit_scale"}
+    expected = by_name(start)[name] * (factor if moved else 1)
+    np.testing.assert_allclose(value, expected, rtol=1e-6, err_msg=name)
+  with pytest.raises(UserError, match="decay_also has 'bias', but it may have"):
+    optim.make_optimizer(make_config(decay_also=("bias",)), 4, 0)
 
 
 def test_adamw_equals_numpy():
@@ -176,6 +198,34 @@ def test_adamw_equals_numpy():
       )
       p = p - rate(i, 0.1) * (step + 0.2 * (name in DECAYED) * p)
     np.testing.assert_allclose(by_name(got)[name], p, rtol=1e-5, atol=1e-5)
+
+
+def test_multipliers():
+  """They are of learning rates: what an optimizer does is scaled, decay too."""
+  factors = '{"pool": 3, "kernel": 0.5, "logit_scale": 0.1}'
+  gradients, start = [make_params(1)], make_params()
+  usual, _ = run(make_config(), gradients, start)
+  scaled, _ = run(make_config(multipliers=factors), gradients, start)
+  for name, value in by_name(scaled).items():
+    factor = 3.0 if name.startswith("pool") else 1.0
+    factor *= 0.5 if name.endswith("kernel") else 1.0
+    factor *= 0.1 if name == "logit_scale" else 1.0
+    before = np.asarray(by_name(start)[name], np.float64)
+    change = factor * (np.asarray(by_name(usual)[name]) - before)
+    np.testing.assert_allclose(value, before + change, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "factors, says",
+  [
+    ('{"nothing": 2}', "'nothing', which is no part .* begin with .*cls"),
+    ('{"cls": "fast"}', "the number of 'cls' is 'fast', but must be positive"),
+    ("cls=2", "is not JSON .*it is like"),
+  ],
+)
+def test_impossible_multipliers(factors, says):
+  with pytest.raises(UserError, match=says):
+    run(make_config(multipliers=factors), [make_params()], make_params())
 
 
 def test_lion_equals_numpy():

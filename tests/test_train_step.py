@@ -77,7 +77,9 @@ CASES = [
   for case in itertools.product(METHODS, [ONE, *MESHES], CHUNKS)
   # Groups of four that share negatives are not cut.
   if case[1:] != (ONE, 1)
-  and not (case[0] in ("albef", "simla") and np.prod(case[1]) * case[2] > 16)
+  and not (
+    case[0] in ("albef", "simla") and np.prod(case[1][:2]) * case[2] > 16
+  )
 ]
 
 

@@ -78,7 +78,10 @@ def default_config() -> ConfigDict:
         name="adamw",
         learning_rate=1e-3,
         muon_learning_rate=0.02,  # of the matrices, where name is muon
-        weight_decay=0.05,
+        weight_decay=0.05,  # of matrices and token tables
+        decay_also=(),  # of "tokens" (positions, [CLS], masks), "temperature"
+        # Of learning rates, by part of a parameter's path; JSON, or a dict.
+        multipliers=config_dict.FieldReference("", field_type=object),
         b1=0.9,
         b2=0.98,
         eps=1e-8,
@@ -151,8 +154,9 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     raise UserError(
       f"{path}, line {line}: {type(error).__name__}: {error}"
     ) from error
-  if isinstance(config.data.mix, Mapping):
-    config.data.mix = json.dumps(dict(config.data.mix))
+  for section, field in ("data", "mix"), ("optimizer", "multipliers"):
+    if isinstance(config[section][field], Mapping):
+      config[section][field] = json.dumps(dict(config[section][field]))
   return override(config, overrides)
 
 
@@ -314,11 +318,8 @@ def validate(
   # A chunk takes an equal part of each device's rows. In one piece, groups may
   # reach over devices.
   unit = data * fsdp * config.accumulate
-  unit = (
-    math.lcm(unit, match_group)
-    if config.accumulate == 1
-    else (unit * match_group)
-  )
+  whole = config.accumulate == 1
+  unit = math.lcm(unit, match_group) if whole else unit * match_group
   if config.batch_size % unit:
     near = max(1, round(config.batch_size / unit)) * unit
     raise UserError(

@@ -6,7 +6,9 @@ a scanned stack gives every leaf one more axis, so a stacked bias is a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +17,7 @@ import optax
 from ml_collections import ConfigDict
 from optax import contrib
 
+from vlp_jax import factors as factors_lib
 from vlp_jax.errors import UserError
 
 Schedule = Callable[[Any], jax.Array]
@@ -23,6 +26,11 @@ Schedule = Callable[[Any], jax.Array]
 # and mask tokens, queries, the temperature) is neither decayed nor, under
 # Muon, made orthogonal.
 _DECAYED = ("kernel", "embedding")
+# What `optimizer.decay_also` adds, by the last component of a path.
+_DECAY_ALSO = {
+  "tokens": ("pos", "cls_pos", "cls", "mask_token", "query"),
+  "temperature": ("value", "logit_scale"),
+}
 # A component of a path that marks parameters stacked along their first axis.
 _STACK = "layers"
 # Matrices to or from the vocabulary are rows of a table rather than maps
@@ -59,7 +67,18 @@ def make_optimizer(
       "bfloat16"
     )
   shape = _shape(config.schedule, total_steps, warmup_steps)
+  for kind in c.decay_also:
+    if kind not in _DECAY_ALSO:
+      raise UserError(
+        f"config.optimizer.decay_also has {kind!r}, but it may have "
+        f"{', '.join(_DECAY_ALSO)}"
+      )
   optimizer = _OPTIMIZERS[c.name](c, shape)
+  if c.multipliers:
+    factors = factors_lib.parse(
+      "optimizer.multipliers", c.multipliers, _EXAMPLE
+    )
+    optimizer = optax.chain(optimizer, _multiply(factors))
   if c.grad_clip:
     clip = optax.clip_by_global_norm(c.grad_clip)
     optimizer = optax.chain(clip, optimizer)
@@ -126,7 +145,7 @@ def _adamw(c: ConfigDict, shape: Schedule) -> optax.GradientTransformation:
     eps=c.eps,
     mu_dtype=c.mu_dtype,
     weight_decay=c.weight_decay,
-    mask=decay_mask,
+    mask=functools.partial(decay_mask, also=c.decay_also),
   )
 
 
@@ -137,7 +156,7 @@ def _lion(c: ConfigDict, shape: Schedule) -> optax.GradientTransformation:
     b2=c.b2,
     mu_dtype=c.mu_dtype,
     weight_decay=c.weight_decay,
-    mask=decay_mask,
+    mask=functools.partial(decay_mask, also=c.decay_also),
   )
 
 
@@ -155,7 +174,9 @@ def _adafactor(c: ConfigDict, shape: Schedule) -> optax.GradientTransformation:
     optax.scale_by_factored_rms(min_dim_size_to_factor=32),
     optax.clip_by_block_rms(1.0),
     momentum if c.b1 else optax.identity(),
-    optax.add_decayed_weights(c.weight_decay, mask=decay_mask),
+    optax.add_decayed_weights(
+      c.weight_decay, mask=functools.partial(decay_mask, also=c.decay_also)
+    ),
     optax.scale_by_learning_rate(_scaled(c.learning_rate, shape)),
   )
 
@@ -189,12 +210,48 @@ _OPTIMIZERS = {
 }
 
 
+_EXAMPLE = '{"temperature": 0.1, "matching": 5}'
+
+
+def _multiply(factors: Mapping[str, float]) -> optax.GradientTransformation:
+  """Multiplies updates, and so learning rates, by part of a path.
+
+  Where several parts of a path are named, their factors are multiplied.
+  """
+
+  def update(updates, params):
+    del params
+    unknown = set(factors)
+
+    def scale(names, leaf):
+      unknown.difference_update(names)
+      return leaf * math.prod(factors.get(name, 1) for name in names)
+
+    scaled = _map_with_names(scale, updates)
+    if unknown:
+      raise UserError(
+        f"config.optimizer.multipliers names {min(unknown)!r}, which is no "
+        "part of a parameter's path; paths begin with "
+        f"{', '.join(sorted(updates))}"
+      )
+    return scaled
+
+  return optax.stateless(update)
+
+
 # --- What happens to which parameter ----------------------------------------
 
 
-def decay_mask(params: Any) -> Any:
-  """Returns a tree of bools: which parameters weight decay shrinks."""
-  return _map_with_names(lambda names, _: names[-1] in _DECAYED, params)
+def decay_mask(params: Any, also: Sequence[str] = ()) -> Any:
+  """Returns a tree of bools: which parameters weight decay shrinks.
+
+  Args:
+    params: parameters.
+    also: beside matrices and token tables: "tokens", which are positions, class
+      and mask tokens and queries; "temperature".
+  """
+  names = {*_DECAYED, *(name for kind in also for name in _DECAY_ALSO[kind])}
+  return _map_with_names(lambda path, _: path[-1] in names, params)
 
 
 def _all_dimension_numbers(params: Any) -> Any:

@@ -63,14 +63,19 @@ def tiny(config: ConfigDict) -> None:
 def debug(config: ConfigDict) -> None:
   """Seconds, on a few scenes; run after `tiny`, and it learns nothing."""
   config.data.name = "scenes/debug"
+  config.model.scan = True  # compiles fast
   config.batch_size = 16
   config.total_steps = 8
   config.schedule.warmup_steps = 2
   config.checkpoint.every_steps = 4
   config.log.every_steps = 2
   for evaluation in config.evals.values():
-    evaluation.max_examples = 32
+    evaluation.update(batch_size=32, max_examples=32)
     evaluation.every_steps = min(evaluation.every_steps, 4)
+    if "k" in evaluation:
+      evaluation.k = 4
+  if "visual_vocab_size" in config.method:
+    config.method.visual_vocab_size = 32
 
 
 # The fields that evaluators have beside the common ones, here to be overridden.
@@ -145,13 +150,18 @@ def fusion_tiny(config: ConfigDict) -> None:
   vision = config.model.vision
   del vision.cls_token, vision.pre_norm, config.model.text, config.model.pooler
   config.model.start = ""  # an .npz file of `vlp_jax.convert.albef`
+  config.model.init = "clip"  # N(0, 0.02^2) is made for a width of 768
   config.model.stream = ConfigDict(
     tower(96, 3, 2, text_depth=0, max_len=65, dropout=0.0)
   )
   config.batch_size = 32
   config.optimizer.update(learning_rate=8.5e-4, muon_learning_rate=0.0045)
   config.ema.decay = 0.98  # of 50 steps: a short run cannot wait for 200
-  config.method.update(alpha_ramp_steps=300, queue_size=1024, grounding_layer=1)
+  # The batch alone is contrasted: while all embeddings still move fast, those
+  # of a queue are told from fresh ones by their age, not by what they show.
+  config.method.update(alpha_ramp_steps=300, queue_size=0, grounding_layer=1)
+  # A step of the others' size is a tenth of the temperature.
+  config.optimizer.multipliers = '{"temperature": 0.3}'
   config.evals = scenes_evals(captions=False, matching=True)
 
 
@@ -179,6 +189,7 @@ def fusion_at_scale(config: ConfigDict) -> None:
   model.embed_dim = 256
   del model.vision.cls_token, model.vision.pre_norm, model.text, model.pooler
   model.start = ""  # DeiT and BERT, by `vlp_jax.convert.albef`
+  model.init = "bert"
   model.stream = ConfigDict(
     tower(768, 12, 12, text_depth=0, max_len=512, dropout=0.1)
   )

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
@@ -59,12 +60,27 @@ class Pretrained:
 
   def encode_text(self, texts: Sequence[str]) -> np.ndarray:
     """Embeds texts: float32 `[B, E]`, of unit length."""
-    clean = captions.cleaner(self.config.data)
-    ids, lengths = self.tokenizer.encode_batch(
-      [clean(text) for text in texts], self.config.tokenizer.max_len
-    )
+    ids, lengths = self._tokenize(texts)
     batch = {"text": ids, "text_len": lengths}
     return np.asarray(self._encode_text(self.params, batch))
+
+  def match(
+    self, pictures: Sequence[Picture], texts: Sequence[str]
+  ) -> np.ndarray:
+    """Says how likely each text belongs to each picture.
+
+    Returns:
+      float32 `[B, K]`, probabilities among pairs of which the wrong ones look
+      alike; for K texts.
+
+    Raises:
+      UserError: if the method has no matching head.
+    """
+    if not hasattr(self.method, "match_score"):
+      raise UserError(f"{self.config.method.name} has no matching head")
+    batch = {"image": self.preprocess(pictures)}
+    ids, lengths = self._tokenize(texts)
+    return np.asarray(self._match(self.params, batch, ids, lengths))
 
   def caption(self, pictures: Sequence[Picture]) -> list[str]:
     """Writes a caption for each picture.
@@ -77,6 +93,12 @@ class Pretrained:
     ids = self._generate(self.params, {"image": self.preprocess(pictures)})
     return [self.tokenizer.decode(row) for row in np.asarray(ids)]
 
+  def _tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    clean = captions.cleaner(self.config.data)
+    return self.tokenizer.encode_batch(
+      [clean(text) for text in texts], self.config.tokenizer.max_len
+    )
+
   @functools.cached_property
   def _encode_image(self):
     return jax.jit(self.method.encode_image)
@@ -84,6 +106,18 @@ class Pretrained:
   @functools.cached_property
   def _encode_text(self):
     return jax.jit(self.method.encode_text)
+
+  @functools.cached_property
+  def _match(self):
+    def match(params, batch, text, text_len):
+      rows = len(batch["image"])
+      text = jnp.broadcast_to(text, (rows, *text.shape))
+      text_len = jnp.broadcast_to(text_len, (rows, *text_len.shape))
+      state = self.method.match_state(params, batch)
+      scores = self.method.match_score(params, state, text, text_len)
+      return jax.nn.sigmoid(scores)
+
+    return jax.jit(match)
 
   @functools.cached_property
   def _generate(self):

@@ -6,9 +6,13 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 from tests import toys
 from vlp_jax import config as config_lib
+
+# Programs that one run has compiled, the next one takes from here.
+_CACHE = tempfile.TemporaryDirectory()
 
 # Small enough that a run takes seconds once it is compiled.
 SMALL = [
@@ -43,6 +47,8 @@ def start(
       **os.environ,
       "JAX_PLATFORMS": "cpu",
       "XLA_FLAGS": _xla_flags(),
+      "JAX_COMPILATION_CACHE_DIR": _CACHE.name,
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
       **environ,
     },
     stdout=subprocess.PIPE,

@@ -1,7 +1,12 @@
 """Whole runs of the methods with a momentum teacher."""
 
+import json
+import shutil
+
+import numpy as np
 import pytest
 
+import vlp_jax
 from tests.e2e import commands
 
 
@@ -30,19 +35,62 @@ def test_albef(folder):
   assert_complete(workdir)
 
 
-def test_simla_resumes_with_its_queues_teacher_and_tokenizer(folder):
-  constant = "--config.schedule.name=constant"
-  whole, out = commands.train("simla", "whole", constant, cwd=folder)
-  assert_complete(whole)
+# Queues of four batches, the end of which a run of six comes round.
+QUEUE = "--config.method.queue_size=64"
+CONSTANT = "--config.schedule.name=constant"
+
+
+@pytest.fixture(scope="module")
+def simla(folder):
+  """A whole run: its folder, and what it has printed."""
+  return commands.train("simla", "simla", CONSTANT, QUEUE, cwd=folder)
+
+
+def test_simla(simla):
+  workdir, out = simla
+  assert_complete(workdir)
   shown = out.partition("keywords of captions")[2].splitlines()
   assert sum("; adds " in line for line in shown) == 4
-  rest = constant, *commands.no_evaluations("configs/simla.py:debug")
+
+
+def test_simla_resumes_with_its_queues_teacher_and_tokenizer(simla, folder):
+  rest = CONSTANT, QUEUE, *commands.no_evaluations("configs/simla.py:debug")
   commands.train("simla", "parts", "--config.total_steps=4", *rest, cwd=folder)
   parts, _ = commands.train("simla", "parts", *rest, cwd=folder)
-  first, second = commands.results(whole), commands.results(parts)
+  first, second = commands.results(simla[0]), commands.results(parts)
   assert first["params_sha256"] == second["params_sha256"]
   losses = [
     [line["train/loss"] for line in commands.lines(x) if "train/loss" in line]
-    for x in (whole, parts)
+    for x in (simla[0], parts)
   ]
   assert losses[0] == losses[1]
+
+
+def test_evaluating_the_teacher(simla, folder):
+  workdir = folder / "evaluated"
+  shutil.copytree(simla[0], workdir)
+  status, out, err = commands.run(
+    "evaluate",
+    f"--workdir={workdir}",
+    "--ema",
+    *commands.no_evaluations("configs/simla.py:debug")[1:],
+    cwd=folder,
+  )
+  assert status == 0, err
+  values = json.loads((workdir / "evaluation_6.json").read_text())
+  assert "val/retrieval/i2t_r1" in values and "val/retrieval/i2t_r1" in out
+
+
+def test_an_export_matches_pictures_and_texts(simla, folder):
+  status, _, err = commands.run("export", f"--workdir={simla[0]}", cwd=folder)
+  assert status == 0, err
+  model = vlp_jax.load(simla[0] / "export")
+  pictures = [np.full((70, 64, 3), shade, np.uint8) for shade in (40, 200)]
+  texts = ["a red circle", "a blue square", "a star"]
+  scores = model.match(pictures, texts)
+  assert scores.shape == (2, 3) and ((scores > 0) & (scores < 1)).all()
+  for i, picture in enumerate(pictures):
+    for j, text in enumerate(texts):
+      alone = model.match([picture], [text])
+      np.testing.assert_allclose(alone, [[scores[i, j]]], rtol=1e-4)
+  assert len(np.unique(scores)) == 6

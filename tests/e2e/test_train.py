@@ -139,6 +139,7 @@ def test_bad_records_are_counted_and_stop_a_run(folder):
       *commands.SMALL,
       "--config.batch_size=128",
       "--config.total_steps=9",
+      "--config.model.vision.depth=1",
       *commands.no_evaluations("configs/clip.py:debug"),
       *more,
       cwd=folder,
@@ -165,8 +166,8 @@ def test_bad_records_are_counted_and_stop_a_run(folder):
 
 
 def test_evaluating_leaves_training_alone(finished, folder):
-  unwatched = "--config.evals.validation.every_steps=0"
-  workdir, _ = commands.train("sycoca", "unwatched", unwatched, cwd=folder)
+  nothing = commands.no_evaluations("configs/sycoca.py:debug")
+  workdir, _ = commands.train("sycoca", "unwatched", *nothing, cwd=folder)
   watched = commands.results(finished["sycoca"])["params_sha256"]
   assert commands.results(workdir)["params_sha256"] == watched
 

@@ -358,6 +358,12 @@ def test_impossible_fields(field, says):
     base.get("albef", toys.config("albef", "method.queue_size=8", field))
 
 
+def test_chunks_cut_the_batch_that_negatives_are_from():
+  cut = ("method.match_group=0", "accumulate=4")
+  with pytest.raises(UserError, match="set it to 2 or a part of that"):
+    base.get("albef", toys.config("albef", *cut))
+
+
 def test_a_run_starts_from_a_file(tmp_path):
   method, params = toys.method("albef"), toys.params("albef")
   path, kernel = tmp_path / "start.npz", np.ones((16, 12), np.float32)

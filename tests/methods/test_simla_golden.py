@@ -364,10 +364,8 @@ def test_the_keyword_loss_with_the_release_s_picks(alpha, expected):
 
   def loss(student):
     mean = method()._keyword_term(
-      student,
-      teacher(),
-      method().apply(student, "encode_image", batch["image"]),
-      method().apply(teacher(), "encode_image", batch["image"]),
+      (student, method().apply(student, "see", batch["image"])),
+      (teacher(), method().apply(teacher(), "see", batch["image"])),
       ids,
       jnp.asarray(counted),
       alpha,

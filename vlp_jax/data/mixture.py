@@ -17,7 +17,6 @@ Each data set goes through epochs of its own, each in an order of its own.
 from __future__ import annotations
 
 import fractions
-import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,8 +26,8 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict
 
+from vlp_jax import factors
 from vlp_jax.data.sources import Record, Source, open_source
-from vlp_jax.errors import UserError
 
 # The longest table. Weights that need a longer one are rounded to so many
 # parts, at least one each.
@@ -183,7 +182,7 @@ def open_training(data: ConfigDict) -> Source:
   """
   if not data.mix:
     return open_source(data, data.train_split)
-  weights = _parse(data.mix)
+  weights = factors.parse("data.mix", data.mix, _EXAMPLE)
   sources = []
   for name in weights:
     part = data.copy_and_resolve_references()
@@ -193,25 +192,7 @@ def open_training(data: ConfigDict) -> Source:
   return Mixture(sources, list(weights.values()), data.train_split)
 
 
-def _parse(text: str) -> dict[str, float]:
-  """Reads `data.mix`."""
-  try:
-    weights = json.loads(text)
-  except ValueError as e:
-    raise UserError(f"data.mix={text} is not JSON ({e}); {_EXAMPLE}") from e
-  if not isinstance(weights, dict) or not weights:
-    raise UserError(f"data.mix={text} is not a JSON object; {_EXAMPLE}")
-  for name, weight in weights.items():
-    number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not number or not 0 < weight < math.inf:
-      raise UserError(
-        f"data.mix: the weight of {name!r} is {weight!r}, but must be a "
-        "positive number"
-      )
-  return weights
-
-
-_EXAMPLE = 'it is like {"cc12m": 0.7, "photos/pairs.jsonl": 0.3}'
+_EXAMPLE = '{"cc12m": 0.7, "photos/pairs.jsonl": 0.3}'
 
 
 def _whole(weights: Sequence[float]) -> list[int]:

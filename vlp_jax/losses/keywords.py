@@ -4,8 +4,12 @@ Khan et al. 2022 (SIMLA, arXiv 2203.14395), section 2.4 and appendix A3: the
 words that the teacher's [CLS] looks at, once it has seen the picture.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+
+from vlp_jax.ops import masks
 
 PER_HEAD = 4  # "k = 4", appendix A3
 
@@ -29,6 +33,25 @@ def votes(attention: jax.Array, eligible: jax.Array | None) -> jax.Array:
   if eligible is not None:
     chosen &= eligible[:, None]
   return jnp.sum(chosen, axis=1, dtype=jnp.int32)
+
+
+def eligible(
+  text: jax.Array, text_len: jax.Array, stop_ids: Sequence[int]
+) -> jax.Array:
+  """Says which words may be keywords: real ones, neither first nor stopped.
+
+  Args:
+    text: int32 `[B, L]`; the first token is a special one.
+    text_len: int32 `[B]`.
+    stop_ids: ids that are never keywords.
+
+  Returns:
+    bool `[B, L]`.
+  """
+  found = masks.valid(text_len, text.shape[1]) & (jnp.arange(text.shape[1]) > 0)
+  for stop_id in stop_ids:
+    found &= text != stop_id
+  return found
 
 
 def choose(counts: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:

@@ -226,13 +226,13 @@ class FusionMethod(Matcher):
   def fuse(self, params, patches, text, hidden, text_len, negatives, key):
     """Lets captions attend to pictures, four ways in one pass.
 
-    Keys and values of a picture are made once for all four.
+    Keys and values of a picture are made once for all.
 
     Args:
       params: parameters.
       patches: `[B, 1 + N, D]`.
       text: captions, ready for the layers with cross-attention, `[B, L, D]`.
-      hidden: the same with hidden words, `[B, L, D]`.
+      hidden: the same with hidden words, `[B, L, D]`; None leaves them out.
       text_len: int32 `[B]`.
       negatives: what `negatives` returns.
       key: of dropout, or None.
@@ -244,18 +244,24 @@ class FusionMethod(Matcher):
     """
     (pictures, _), (captions, _) = negatives
     own = jnp.broadcast_to(jnp.arange(self.match_group), pictures.shape)
-    rows = jnp.stack([own, pictures, own, own], axis=-1)
-    others = take_rows(text, captions), take_rows(text_len, captions)
+    ways = [
+      (own, text, text_len),
+      (pictures, text, text_len),
+      (own, take_rows(text, captions), take_rows(text_len, captions)),
+    ]
+    if hidden is not None:
+      ways.append((own, hidden, text_len))
+    rows, texts, lengths = zip(*ways, strict=True)
     fused = self.apply(
       params,
       "text_given_image",
-      stack_rows(text, text, others[0], hidden),
-      stack_rows(text_len, text_len, others[1], text_len),
+      stack_rows(*texts),
+      stack_rows(*lengths),
       self.apply(params, "project", patches),
-      rows.reshape(len(rows), -1),
+      jnp.stack(rows, axis=-1).reshape(len(own), -1),
       dropout=key,
     )
-    return unstack_rows(fused, 4)
+    return unstack_rows(fused, len(ways))
 
   def fuse_own(self, params, patches, text, text_len, key):
     """Lets captions attend to their own pictures: `[B, L, D]`."""

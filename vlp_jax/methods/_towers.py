@@ -14,6 +14,7 @@ from vlp_jax.models.heads import (
   VocabularyHead,
   WordHead,
 )
+from vlp_jax.models.initializers import SCHEMES
 from vlp_jax.models.poolers import KINDS, ImagePool
 from vlp_jax.models.stream import SingleStream, Stream
 from vlp_jax.models.text import POOLS, TextTower
@@ -177,6 +178,7 @@ def fusion(config, *, mask_token: bool = False) -> dict:
   vision, text = model.vision, model.stream
   check("model.vision.positions", vision.positions, POSITIONS)
   check("model.vision.stem", vision.stem, STEMS)
+  check("model.init", model.init, SCHEMES)
   side = config.data.image_size // vision.patch_size
 
   def stack(depth, **fields):
@@ -188,7 +190,7 @@ def fusion(config, *, mask_token: bool = False) -> dict:
       post_norm=True,
       epsilon=1e-12,
       dropout=text.dropout,
-      scheme="bert",
+      scheme=model.init,
       **fields,
     )
 
@@ -196,7 +198,7 @@ def fusion(config, *, mask_token: bool = False) -> dict:
     vision=VisionTower(
       patch_size=vision.patch_size,
       grid=(side, side),
-      transformer=transformer(config, vision, epsilon=1e-6, scheme="bert"),
+      transformer=transformer(config, vision, epsilon=1e-6, scheme=model.init),
       cls_token=True,
       stem=vision.stem,
       positions=vision.positions,
@@ -224,7 +226,14 @@ def fusion(config, *, mask_token: bool = False) -> dict:
 def fusion_options(config) -> dict:
   """Returns the fields of `FusionMethod`, checked, from `config.method`."""
   options = {k: v for k, v in config.method.items() if k != "name"}
-  options["match_group"] = options["match_group"] or config.batch_size
+  if not options["match_group"]:
+    if config.accumulate > 1:
+      raise UserError(
+        "config.method.match_group=0 draws negatives from the whole batch, "
+        f"which config.accumulate={config.accumulate} cuts: set it to "
+        f"{config.batch_size // config.accumulate} or a part of that"
+      )
+    options["match_group"] = config.batch_size
   options["start_file"] = config.model.start
   if config.batch_size < 2 or options["match_group"] < 2:
     raise UserError(

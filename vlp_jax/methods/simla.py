@@ -12,7 +12,7 @@ Map from the paper to code:
   equation 5       ITM                              `FusionMethod.match_terms`
   equation 6       XMM, hidden words (MLM)          `FusionMethod.word_terms`
   equation 7       XMM, hidden patches (MIM)        `_patch_terms`
-  equations 8, 9   PSL, pseudo-labelled keywords    `_keyword_terms`
+  equations 8, 9   PSL, pseudo-labelled keywords    `_keyword_term`
   equation 10      their sum                        `term_weights`
 
 The release differs from the paper, and from what is right, in places. Each is
@@ -23,12 +23,17 @@ a field; `configs/simla.py:reference` sets them all:
   keyword_specials   true       false       [CLS] and pads can take a keyword's
                                             place
   num_keywords       5          4           positions with most votes
+  keyword_feature    embedding  embedding   what predicts the keywords; in the
+                                            paper, the picture's [CLS]
   keyword_image      student    teacher     whose patches the teacher looks at
   patch_text         student    teacher     whose embeddings the teacher's
                                             patches look at
   same_image         false      true        same pictures are no negatives
   teacher_dropout    true       false       dropout in the teacher
   match_group        64         all         examples that share negatives
+  optimizer          tokens,    (none)      what decays beside matrices; tokens
+   .decay_also       temperature            are positions and [CLS], too
+  schedule.stairs    30         0           the rate falls once an epoch
 
 The tokenizer of patches always sees the student's own crop (in the release
 another one, drawn by itself, so that codes and patches do not match), and
@@ -49,11 +54,12 @@ from vlp_jax.methods._matcher import shorten, stack_rows, unstack_rows
 from vlp_jax.methods.base import Mean, Output
 from vlp_jax.models.fusion import GroundedEncoder
 from vlp_jax.models.heads import Projection
-from vlp_jax.ops import block_mask, masking, masks
+from vlp_jax.ops import block_mask, masking
 from vlp_jax.ops.token_mask import HiddenWords
 
 AXES = {"vocabulary": -1, "sequence": 1}
 NETWORKS = ("student", "teacher")
+KEYWORD_FEATURES = ("embedding", "cls")
 
 
 class Draws(NamedTuple):
@@ -75,8 +81,8 @@ class Simla(FusionMethod):
   """See the module's docstring.
 
   Attributes:
-    patch_weight: of MIM; at 0 it is not computed.
-    keyword_weight: of PSL; at 0 it is not computed.
+    word_weight, patch_weight, keyword_weight: of MLM, MIM and PSL; a term is
+      not computed where it is 0.
     visual_tokenizer: makes the codes of patches; None predicts their pixels.
     mask_patches: number of patches that are hidden, at most.
     mask_block: number of patches that a hidden block has at least.
@@ -84,6 +90,7 @@ class Simla(FusionMethod):
     stop_ids: ids that are never keywords.
   """
 
+  word_weight: float = 1.0
   patch_weight: float = 1.0
   keyword_weight: float = 1.0
   visual_tokenizer: object | None = None
@@ -114,15 +121,11 @@ class Simla(FusionMethod):
     text, text_len = shorten(batch["text"], batch["text_len"])
     batch = {**batch, "text": text, "text_len": text_len}
     grid = self.module.vision.grid
+    block = (self.mask_patches, self.mask_block)
+    key = ctx.rngs["patch_mask"]
     draws = Draws(
       self.hide_words(batch, ctx, self.mlm_axis == "sequence"),
-      block_mask.draw(
-        ctx.rngs["patch_mask"],
-        batch["index"],
-        grid,
-        self.mask_patches,
-        self.mask_block,
-      ),
+      block_mask.draw(key, batch["index"], grid, *block),
       self.negative_noise(batch, ctx),
     )
     return self.losses(params, batch, draws, self._targets(batch, ctx), ctx)
@@ -138,19 +141,18 @@ class Simla(FusionMethod):
       ctx: of the step.
     """
     text, text_len, words = batch["text"], batch["text_len"], draws.words
-    alpha = self.alpha_at(ctx.step)
+    alpha, ema = self.alpha_at(ctx.step), ctx.ema_params
     key, teacher_key = self.dropout_keys(ctx)
-    ema = ctx.ema_params
 
     def encode(params, key):
       """Pictures, with and without hidden patches; captions by themselves."""
       patches = self._see(params, batch["image"], draws.patches)
-      embedded, hidden = unstack_rows(
-        self.apply(
-          params, "embed_text", stack_rows(text, words.text), dropout=key(0)
-        ),
-        2,
+      texts = (text, words.text) if self.word_weight else (text,)
+      embedded, *hidden = unstack_rows(
+        self.apply(params, "embed_text", stack_rows(*texts), dropout=key(0)),
+        len(texts),
       )
+      hidden = hidden[0] if hidden else None
       caption, _ = self.apply(
         params, "read", embedded, text_len, dropout=key(1)
       )
@@ -181,15 +183,16 @@ class Simla(FusionMethod):
       teacher_key(2),
     )
     terms, report = self.match_terms(params, fused, negatives)
-    word, word_report = self.word_terms(
-      params,
-      fused[3],
-      (ema, teacher_fused),
-      words,
-      alpha,
-      axis=AXES[self.mlm_axis],
-    )
-    terms, report = terms | word, report | word_report
+    if self.word_weight:
+      word, word_report = self.word_terms(
+        params,
+        fused[3],
+        (ema, teacher_fused),
+        words,
+        alpha,
+        axis=AXES[self.mlm_axis],
+      )
+      terms, report = terms | word, report | word_report
     if self.patch_weight:
       context = embedded if self.patch_text == "student" else teacher_embedded
       patch, patch_report = self._patch_terms(
@@ -204,13 +207,15 @@ class Simla(FusionMethod):
     if self.keyword_weight:
       ids, counted = self._choose(attention, text, text_len)
       terms["psl"] = self._keyword_term(
-        params, ema, student.image, teacher.image, ids, counted, alpha
+        (params, patches), (ema, teacher_patches), ids, counted, alpha
       )
     return Output(self.share(student, teacher), terms, report)
 
   def term_weights(self, step) -> dict[str, float]:
     del step
-    weights = {"itc": 1.0, "itm": 1.0, "mlm": 1.0}
+    weights = {"itc": 1.0, "itm": 1.0}
+    if self.word_weight:
+      weights["mlm"] = self.word_weight
     if self.patch_weight:
       weights["mim"] = self.patch_weight
     if self.keyword_weight:
@@ -231,34 +236,43 @@ class Simla(FusionMethod):
 
     Args:
       ema: the teacher's parameters.
-      hidden: patches, and embedded captions with hidden words.
-      whole: patches, and embedded captions; not run without keywords.
+      hidden: patches, and embedded captions with hidden words; not run where
+        `word_weight` is 0.
+      whole: patches, and embedded captions; not run where `keyword_weight` is.
       text_len: int32 `[B]`.
       key: of dropout, or None.
 
     Returns:
       `[B, L, D]`, of the hidden ones; and what the first token of the whole
-      ones attends to in the last layer, `[B, heads, L]`.
+      ones attends to in the last layer, `[B, heads, L]`. None for what was not
+      run.
     """
-    if not self.keyword_weight:
-      return self.fuse_own(ema, *hidden, text_len, key), None
-    (patches, hidden_x), (seen, x) = hidden, whole
-    rows = jnp.zeros((len(x), 2), jnp.int32)
+    passes = [hidden] * bool(self.word_weight)
+    passes += [whole] * bool(self.keyword_weight)
+    if not passes:
+      return None, None
+    (patches, _), (seen, _) = passes[0], passes[-1]
+    rows = jnp.zeros((len(text_len), len(passes)), jnp.int32)
     if seen is not patches:
       patches, rows = stack_rows(patches, seen), rows.at[:, 1].set(1)
     fused, sown = self.apply(
       ema,
       "text_given_image",
-      stack_rows(hidden_x, x),
-      stack_rows(text_len, text_len),
+      stack_rows(*(x for _, x in passes)),
+      stack_rows(*[text_len] * len(passes)),
       self.apply(ema, "project", patches),
       rows,
       dropout=key,
-      mutable=["self_attention"],
+      mutable=["self_attention"] * bool(self.keyword_weight),
     )
-    layers = sown["self_attention"]["stream"]["transformer"]["layers"]
-    (maps,) = layers["self_attention"]["map"]
-    return unstack_rows(fused, 2)[0], unstack_rows(maps[-1, :, :, 0], 2)[1]
+    filled = attention = None
+    if self.word_weight:
+      filled = unstack_rows(fused, len(passes))[0]
+    if self.keyword_weight:
+      layers = sown["self_attention"]["stream"]["transformer"]["layers"]
+      (maps,) = layers["self_attention"]["map"]
+      attention = unstack_rows(maps[-1, :, :, 0], len(passes))[-1]
+    return filled, attention
 
   def _patch_terms(self, student, teacher, text_len, hidden, targets, alpha):
     """MIM: hidden patches, predicted by patches that attend to the caption.
@@ -307,26 +321,27 @@ class Simla(FusionMethod):
 
   def _choose(self, attention, text, text_len):
     """Returns the keywords' ids int32 `[B, k]`, and whether each counts."""
-    first = jnp.arange(text.shape[1]) == 0
     eligible = None
     if not self.keyword_specials:
-      eligible = masks.valid(text_len, text.shape[1]) & ~first
-      for stop_id in self.stop_ids:
-        eligible &= text != stop_id
+      eligible = keywords.eligible(text, text_len, self.stop_ids)
     places, counted = keywords.choose(
       keywords.votes(attention, eligible), self.num_keywords
     )
     return jnp.take_along_axis(text, places, axis=1), counted & (places > 0)
 
-  def _keyword_term(
-    self, params, ema, image, teacher_image, ids, counted, alpha
-  ):
-    """PSL: the caption's keywords, and those that the teacher sees."""
+  def _keyword_term(self, student, teacher, ids, counted, alpha):
+    """PSL: the caption's keywords, and those that the teacher sees.
+
+    Args:
+      student, teacher: parameters, and patches `[B, 1 + N, D]`, each.
+      ids, counted: of `_choose`.
+      alpha: the teacher's weight.
+    """
     vocab_size = self.module.stream.vocab_size
     loss = keywords.keyword_loss(
-      self.apply(params, "keyword_logits", image),
+      self.apply(student[0], "keyword_logits", student[1]),
       keywords.multi_hot(ids, counted, vocab_size),
-      self.apply(ema, "keyword_logits", teacher_image),
+      self.apply(teacher[0], "keyword_logits", teacher[1]),
       alpha,
     )
     return Mean.of(loss)
@@ -351,8 +366,7 @@ class Simla(FusionMethod):
       params, (patches, x), (patches, x), text_len, None
     )
     ids, counted = self._choose(attention, text, text_len)
-    embedding = self.apply(params, "embed_image", patches)
-    logits = self.apply(params, "keyword_logits", embedding)
+    logits = self.apply(params, "keyword_logits", patches)
     present = keywords.multi_hot(
       text, jnp.ones_like(text, bool), logits.shape[-1]
     )
@@ -369,10 +383,12 @@ def build(config) -> Simla:
   options = _towers.fusion_options(config)
   for field, allowed in (
     ("mlm_axis", tuple(AXES)),
+    ("keyword_feature", KEYWORD_FEATURES),
     ("keyword_image", NETWORKS),
     ("patch_text", NETWORKS),
   ):
     _towers.check(f"method.{field}", options[field], allowed)
+  keyword_feature = options.pop("keyword_feature")
   vision, stream = config.model.vision, config.model.stream
   patches = (config.data.image_size // vision.patch_size) ** 2
   if vision.width != stream.width:
@@ -399,5 +415,6 @@ def build(config) -> Simla:
       tokenizer.vocab_size if tokenizer else 3 * vision.patch_size**2
     ),
     keyword_head=Projection(config.tokenizer.vocab_size),
+    keyword_feature=keyword_feature,
   )
   return Simla(module, visual_tokenizer=tokenizer, **options)

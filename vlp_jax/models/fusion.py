@@ -133,22 +133,27 @@ class GroundedEncoder(FusionEncoder):
   Attributes:
     patch_head: from a patch, encoded given text, to its visual code's logits
       or its pixels.
-    keyword_head: from the picture's embedding to a logit a word.
+    keyword_head: from a picture to a logit for each word.
+    keyword_feature: what it reads: the unit "embedding", or "cls".
   """
 
   patch_head: Projection
   keyword_head: Projection
+  keyword_feature: str = "embedding"
 
   def patch_logits(self, tokens: jax.Array) -> jax.Array:
     """Maps `[..., D]` to float32 `[..., codes]`."""
     return self.patch_head(tokens)
 
-  def keyword_logits(self, embedding: jax.Array) -> jax.Array:
-    """Maps unit embeddings `[B, E]` of pictures to `[B, V]`."""
-    return self.keyword_head(embedding)
+  def keyword_logits(self, tokens: jax.Array) -> jax.Array:
+    """Maps what `see` returns to a logit for each word, `[B, V]`."""
+    by_cls = self.keyword_feature == "cls"
+    return self.keyword_head(
+      tokens[:, 0] if by_cls else self.embed_image(tokens)
+    )
 
   def __call__(self, image, text, text_len) -> None:
     super().__call__(image, text, text_len)
     tokens = self.see(image)
     self.patch_logits(tokens)
-    self.keyword_logits(self.embed_image(tokens))
+    self.keyword_logits(tokens)
