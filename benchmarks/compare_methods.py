@@ -24,6 +24,8 @@ import subprocess
 import sys
 import time
 
+from vlp_jax import config as config_lib
+
 # Name of the row, config, what it changes, seeds.
 CAPTIONING = (
   ("CoCa", "configs/coca.py", (), (0, 1)),
@@ -173,11 +175,12 @@ def calibrate(rows, output: pathlib.Path, seconds: float) -> dict[str, int]:
     return json.loads(path.read_text())
   jobs = []
   for name, config, changes, _ in rows:
+    evals = config_lib.load(config).evals
     short = (
       *changes,
       f"total_steps={TIMED_STEPS}",
       "log.every_steps=10",
-      "evals.validation.max_examples=64",
+      *(f"evals.{evaluation}.max_examples=64" for evaluation in evals),
     )
     workdir = output / "timed" / slug(name)
     if not (workdir / "results.json").exists():
