@@ -66,15 +66,15 @@ MATCHING = (
     (0, 1),
   ),
   (
-    "SIMLA without hidden patches (MIM)",
-    "configs/simla.py",
-    ("method.patch_weight=0",),
-    (0, 1),
-  ),
-  (
     "SIMLA without hidden patches and words (XMM)",
     "configs/simla.py",
     ("method.patch_weight=0", "method.word_weight=0"),
+    (0, 1),
+  ),
+  (
+    "SIMLA without hidden patches (MIM)",
+    "configs/simla.py",
+    ("method.patch_weight=0",),
     (0, 1),
   ),
 )
