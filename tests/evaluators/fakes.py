@@ -142,6 +142,8 @@ class Gradcam(Matcher):
 class Speller(Dual):
   """Finds keywords: the caption's own number, and the one after it."""
 
+  keyword_weight = 1.0
+
   def keywords(self, params, batch):
     own = batch["text"][:, 1:2]
     none = jnp.full_like(own, -1)

@@ -1,6 +1,9 @@
 """The examples that the evaluator of keywords shows."""
 
+import pytest
+
 from tests.evaluators import fakes
+from vlp_jax.evaluators import base
 
 
 class Tokenizer(fakes.Tokenizer):
@@ -28,3 +31,11 @@ def test_examples_are_shown(capsys):
   assert "'caption 2': word2, word2; adds word3" in lines[2]
   assert "'caption 0': ; adds word2" in lines[1]
   assert metrics == {"chosen": 4 / 3}
+
+
+def test_without_their_loss_there_are_none():
+  env = fakes.environment([{"objects": []}], Tokenizer())
+  silent = fakes.Speller()
+  silent.keyword_weight = 0.0
+  with pytest.raises(base.NotApplicableError, match="keyword_weight=0"):
+    fakes.build("keywords", silent, env, examples=3)

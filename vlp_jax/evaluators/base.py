@@ -50,7 +50,10 @@ COMMON_FIELDS = {
 
 
 class NotApplicableError(UserError):
-  """The data cannot serve an evaluator; `build_all` leaves it out."""
+  """The data, or what was trained, cannot serve an evaluator.
+
+  `build_all` leaves it out.
+  """
 
 
 class _Memo:

@@ -20,6 +20,14 @@ class Evaluator(base.Evaluator):
   needs = ("keywords",)
   fields = {"examples": 4}  # noqa: RUF012
 
+  def __init__(self, method, config, env):
+    super().__init__(method, config, env)
+    if not method.keyword_weight:
+      raise base.NotApplicableError(
+        "evaluation of keywords is left out: config.method.keyword_weight=0 "
+        "learns none"
+      )
+
   def run(self, params):
     places = _batching.spread(len(self.records), self.config.examples)
     captions = [self.records[place]["captions"][0] for place in places]
