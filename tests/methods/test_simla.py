@@ -68,17 +68,16 @@ def test_what_is_left_out_changes_nothing_else(dropped):
 
 COLOURS = np.uint8([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]])
 SCENES = [(c, place) for c in range(4) for place in range(toys.PATCHES)]
-VOCABULARY = 1000
 OVERFIT = (
   "simla",
   f"batch_size={len(SCENES)}",
-  f"tokenizer.vocab_size={VOCABULARY}",
   "method.match_group=0",
   "method.queue_size=0",
   "model.vision.width=32",
   "model.stream.width=32",
-  "optimizer.name=adamw",
-  "optimizer.learning_rate=5e-3",
+  "optimizer.learning_rate=1e-2",
+  "optimizer.muon_learning_rate=2e-2",
+  'optimizer.multipliers={"temperature":0.1,"keyword_head":10}',
 )
 
 
@@ -114,7 +113,7 @@ def _train(fields, batch, steps, last):
     sharding.shardings_for(state, mesh),
     lambda: iter([batch["image"]]),
   )
-  step = jax.jit(
+  step = toys.jit(
     train_step.make_train_step(
       method, optimizer, accumulate=1, mesh=mesh, ema_decay=0.9
     ),
@@ -128,12 +127,15 @@ def _train(fields, batch, steps, last):
   return {k: np.mean([metrics[k] for metrics in found]) for k in found[0]}
 
 
+@pytest.mark.slow
 def test_all_five_losses_fall_below_what_a_prior_reaches():
-  found = _train(OVERFIT, _scenes(), steps=200, last=20)
-  print(found)
-  codes = 8
+  found = _train(OVERFIT, _scenes(), steps=100, last=10)
+  places, codes = toys.PATCHES, 8
   assert found["itc"] < np.log(len(SCENES)) / 2
   assert found["itm"] < 0.6  # one pair in three matches: 0.637
-  assert found["mlm"] < np.log(9) / 2  # of the places alone
+  # Without the picture a colour or a place may be any.
+  assert found["mlm"] < np.log(places) / 2
   assert found["mim"] < np.log(codes) / 2
-  assert found["psl"] < 0.01  # three words of 1000, known: 0.02
+  share = np.repeat([1 / 4, 1 / places], [4, places])
+  entropy = -share * np.log(share) - (1 - share) * np.log(1 - share)
+  assert found["psl"] < 0.75 * entropy.sum() / toys.VOCAB
