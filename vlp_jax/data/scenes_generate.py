@@ -22,7 +22,7 @@ _SEED = 20_260_401
 _MARGIN = 0.03  # how far centres keep from the limits of the places
 
 _PAIRS = [(c, s) for c in language.COLORS for s in language.SHAPES]
-_SEEN_PAIRS = [pair for pair in _PAIRS if pair not in language.HELD_OUT]
+SEEN_PAIRS = [pair for pair in _PAIRS if pair not in language.HELD_OUT]
 _HELD_OUT_PAIRS = sorted(language.HELD_OUT)
 
 
@@ -126,7 +126,7 @@ def _layout(spec: Spec, compositional: bool, dice: Dice) -> list[render.Sprite]:
   """Draws the objects of a scene and finds room for them."""
   while True:
     pairs = [
-      dice.pick(_PAIRS if compositional else _SEEN_PAIRS)
+      dice.pick(_PAIRS if compositional else SEEN_PAIRS)
       for _ in range(dice.pick(spec.counts))
     ]
     if compositional:
