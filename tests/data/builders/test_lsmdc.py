@@ -1,10 +1,9 @@
 import pytest
 
 from tests.data.builders import toy
-from tests.data.builders.test_msrvtt import read
+from tests.data.builders.test_msrvtt import CLIP, read
 from vlp_jax.errors import UserError
 
-CLIP = b"RIFF\0\1\0\0AVI LIST" + bytes(range(256))
 TIMES = "00.00.51.926\t00.00.54.129\t00.00.51.926\t00.00.54.129"
 FIRST = "0001_American_Beauty_00.00.51.926-00.00.54.129"
 SECOND = "3009_BATTLE_LOS_ANGELES_00.03.07.170-00.03.09.675"
