@@ -25,8 +25,12 @@ from vlp_jax.data.builders import scenes_video
 from vlp_jax.errors import UserError
 
 # Golden values. If one changes, so must `ScenesVideo.VERSION`.
-EXAMPLES = "?"
-SPLITS = {}
+EXAMPLES = "8b6d58fd69b5e106"
+SPLITS = {
+  "test": "8f619f159327bb60",
+  "train": "634b1b3a2d0da4e5",
+  "validation": "31e777b11b66d404",
+}
 
 SPEC = generate.SPECS["debug"]
 
@@ -211,11 +215,16 @@ def test_one_frame_by_hand(text, undecided, choice):
     "captions": [text],
     "motion": probes.motion(objects, 0),
   }
-  other = {**record, "image": [b"2", b"3", b"0"]}
   assert one_frame.one_frame([record]) == one_frame.OneFrame(
-    undecided, choice, 0.5, 1
+    undecided, choice, motion=1, retrieval=1
   )
-  assert one_frame.one_frame([record, record, other]).retrieval == 2 / 3
+  # One of these cannot be told from the first, one can.
+  (probe,) = record["motion"]
+  turned = {"true": probe["false"], "false": probe["true"]}
+  twin = {**record, "image": [b"2", b"1", b"0"], "motion": [turned]}
+  other = {**record, "image": [b"2", b"3", b"0"]}
+  found = one_frame.one_frame([record, twin, other])
+  assert found.motion == found.retrieval == 2 / 3
 
 
 def test_motions_show_in_four_frames():
@@ -306,7 +315,8 @@ def _check_paint(frames, thing):
   if thing["shape"] == "ring":
     return
   for frame, box in zip(frames, thing["boxes"], strict=True):
-    if box is not None:
+    # What is smaller has more background than paint in nine pixels.
+    if box and min(box[2] - box[0], box[3] - box[1]) > 9 / 64:
       x, y = np.round(_middle(box) * 64).astype(int)
       paint = frame[y - 1 : y + 2, x - 1 : x + 2].mean(axis=(0, 1))
       palette = scenes_render.PALETTE

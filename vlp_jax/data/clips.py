@@ -140,9 +140,15 @@ def open_clip(data: Data, min_side: int = 0) -> Clip:
     raise
   except UnreadableImage:
     return _File(data)
-  if getattr(picture, "n_frames", 1) == 1:
+  if picture.format == "GIF" and not data.rstrip(b"\0").endswith(b";"):
+    raise UnreadableClip("damaged video", "it breaks off")
+  try:
+    count = getattr(picture, "n_frames", 1)
+  except Exception as e:  # decoders raise all sorts on damaged files
+    raise UnreadableClip("damaged video", _detail(e)) from e
+  if count == 1:
     return _Pictures([data], transforms.Decode(min_side))
-  return _Animation(picture)
+  return _Animation(picture, count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,15 +171,16 @@ class _Animation:
   """A file with frames that Pillow reads, in order."""
 
   picture: Image.Image
+  count: int
 
   def __len__(self) -> int:
-    return self.picture.n_frames
+    return self.count
 
   def frames(self, places: Sequence[int]) -> Iterator[Image.Image]:
     for place in places:
       try:
         self.picture.seek(place)
-        yield transforms.to_rgb(self.picture)
+        yield transforms.to_rgb(self.picture.copy())
       except Exception as e:  # decoders raise all sorts on damaged files
         raise UnreadableClip("damaged video", _detail(e)) from e
 

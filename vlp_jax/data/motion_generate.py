@@ -125,9 +125,12 @@ class Actor:
   def _sprite(self, at: int, half: int) -> render.Sprite | None:
     """Returns the sprite at a time from -half to half."""
 
-    def part(units: int) -> int:
-      """Returns the part of a change by `units` that is done since at = 0."""
-      done = units * abs(at) // (2 * half)
+    def part(units: int, step: int) -> int:
+      """Returns in steps which part of a change is done since at = 0.
+
+      Rounded towards 0, or it would not be the same backwards.
+      """
+      done = units * abs(at) // (2 * half * step)
       return done if at > 0 else -done
 
     motion, x, y = self.motion, self.x, self.y
@@ -137,14 +140,14 @@ class Actor:
       return None
     radius, height = self.radius, 100
     if motion in _STEPS:
-      pixels = part(self.way) // render.UNIT
+      pixels = part(self.way, render.UNIT)
       x, y = x + _STEPS[motion][0] * pixels, y + _STEPS[motion][1] * pixels
     elif motion in ("grows", "shrinks"):
-      change = part(radius * _GROWTH // 100 // _STEP) * _STEP
+      change = part(radius * _GROWTH // 100, _STEP) * _STEP
       radius += change if motion == "grows" else -change
     elif motion == "turns over":
       height = max(_THIN, 100 * abs(at) // half)
-      height *= -1 if (at < 0) == self.upside_down else 1
+      height *= -1 if at and (at < 0) == self.upside_down else 1
     stencil = render.stencil(self.shape, radius, self.angle, height)
     dx, dy = stencil.center
     return render.Sprite(

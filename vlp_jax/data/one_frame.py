@@ -14,6 +14,7 @@ says that a model sees motion.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -57,26 +58,25 @@ def one_frame(records: Sequence[dict[str, Any]]) -> OneFrame:
   Raises:
     ValueError: if a caption is not in the grammar.
   """
-  undecided, choice, probed = [], [], []
+  undecided, choice, probes, clips = [], [], {}, set()
   for record in records:
     worlds = language.reversals(record["objects"])
     for text in record["captions"]:
       truths = _truths(language.rivals(_parse(text)), worlds)
       undecided.append(not truths[0].all())
       choice.append(truths.mean(axis=1).max())
+    middle = record["image"][len(record["image"]) // 2]
+    clips.add(middle)
     for probe in record["motion"]:
-      truths = _truths(
-        [_parse(probe[key]) for key in ("true", "false")], worlds
-      )
-      decisive = truths[:, truths[0] != truths[1]]
-      probed.append(decisive.mean(axis=1).max())
-  middles = [record["image"][len(record["image"]) // 2] for record in records]
+      asked = middle, frozenset(probe.values())
+      probes.setdefault(asked, collections.Counter())[probe["true"]] += 1
+  right = [max(answers.values()) for answers in probes.values()]
   return OneFrame(
     undecided=float(np.mean(undecided)),
     choice=float(np.mean(choice)),
-    motion=float(np.mean(probed)),
-    # Of n clips with the same middle frame, one is found.
-    retrieval=len(set(middles)) / len(middles),
+    # Who sees and is asked the same twice gives the same answer.
+    motion=sum(right) / sum(answers.total() for answers in probes.values()),
+    retrieval=len(clips) / len(records),
   )
 
 

@@ -123,10 +123,10 @@ def find(
   listing = f"its features are {_listing(leaves)}"
   if not clips and (frames or files):
     listing += "; for its clips, set --config.data.num_frames"
-  image = _choose("image_key", image_key, images, likely, name, listing)
   caption = _choose(
     "caption_key", caption_key, texts, _likeliest(texts), name, listing
   )
+  image = _choose("image_key", image_key, images, likely, name, listing)
   return Fields(
     image=image,
     caption=caption,

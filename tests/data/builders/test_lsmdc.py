@@ -26,7 +26,7 @@ def _write(tmp_path, lists=LISTS):
     toy.put(tmp_path / "manual" / name, content)
   clips = tmp_path / "manual" / "videos"
   toy.put(clips / "0001_American_Beauty" / f"{FIRST}.avi", CLIP)
-  toy.put(clips / "3009_BATTLE_LOS_ANGELES" / f"{SECOND}.avi", CLIP + b"2")
+  toy.put(clips / "3009_BATTLE_LOS_ANGELES" / f"{SECOND}.avi", CLIP + b"\0")
 
 
 def test_clips_with_their_captions(tmp_path):
@@ -39,7 +39,7 @@ def test_clips_with_their_captions(tmp_path):
     "captions": ['"SOMEONE," he says, smiles.', "He laughs."],
     "video_id": FIRST,
   }
-  assert second["video"] == CLIP + b"2"
+  assert second["video"] == CLIP + b"\0"
   assert toy.skipped(builder) == {
     "not 6 columns": ["LSMDC16_annos_training.csv:5"],
     "missing file": ["1_Film_00.00.01.000-00.00.02.000"],

@@ -7,7 +7,7 @@ from vlp_jax.data import pipeline, sources
 from vlp_jax.data.builders import videos
 from vlp_jax.errors import UserError
 
-CLIP = animation(count=3)  # whatever the name; trailing bytes do not matter
+CLIP = animation(count=3)  # whatever the name says
 HEADER = "key,vid_key,video_id,sentence\n"
 TEST = HEADER + (
   "ret0,msr9770,video9770,a person is connecting something to system\n"
@@ -51,7 +51,7 @@ def write(tmp_path, test=TEST):
   toy.put(manual / "MSRVTT_train.9k.csv", listed.encode())
   toy.put(manual / "MSRVTT_JSFUSION_test.csv", test.encode())
   clips = {0: CLIP, 1: CLIP, 2: b"", 4: b"\n<!DOCTYPE html><html>", 5: CLIP}
-  clips |= {6: CLIP[: len(CLIP) // 2], 9770: CLIP + b"1", 9771: CLIP + b"2"}
+  clips |= {6: CLIP[: len(CLIP) // 2], 9770: CLIP + b"\0", 9771: CLIP + b"\0\0"}
   for number, clip in clips.items():
     toy.put(manual / f"videos/all/video{number}.mp4", clip)
 
@@ -75,7 +75,7 @@ def test_clips_with_their_captions(tmp_path):
   expected = {"video": CLIP, "captions": captions, "video_id": "video0"}
   assert read(builder, "train") == [expected]
   first, second = read(builder, "test")
-  assert first["video"] == CLIP + b"1"
+  assert first["video"] == CLIP + b"\0"
   assert first["captions"] == ["a person is connecting something to system"]
   assert second["captions"] == ["a girl, and a horse"]
   assert toy.skipped(builder) == {
