@@ -11,7 +11,14 @@ from PIL import Image
 from tests.data.test_clips import animation
 from vlp_jax import config as config_lib
 from vlp_jax import train_state
-from vlp_jax.data import clips, pipeline, sources, transforms, warn
+from vlp_jax.data import (
+  clips,
+  pipeline,
+  sources,
+  train_tokenizer,
+  transforms,
+  warn,
+)
 from vlp_jax.data import tokenizer as tokenizer_lib
 from vlp_jax.errors import UserError
 
@@ -193,6 +200,13 @@ def test_scenes_video(config, tmp_path, monkeypatch):
   message = r"no Image features .* for its clips, set --config.data.num_frames"
   with pytest.raises(UserError, match=message):
     sources.open_source(config.data, "train")
+
+
+def test_a_tokenizer_of_the_captions_of_clips(tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+  flags = ["--name=scenes_video/debug", "--vocab_size=100"]
+  train_tokenizer.main([*flags, f"--output={tmp_path}/clips.model"])
+  assert "100 pieces from scenes_video/debug" in capsys.readouterr().out
 
 
 def test_an_impossible_number_is_refused(config):

@@ -206,6 +206,7 @@ def eval_images(
     rows and records go on in step.
   """
   read = source.pair if isinstance(source, Source) else source.__getitem__
+  transforms.eval_geometry(config.data)  # a mistake shows now, not in a thread
   load = functools.partial(_eval_row, source, read, config.data)
   indices = grain.MapDataset.range(len(source))
   dataset = (

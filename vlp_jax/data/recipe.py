@@ -226,7 +226,8 @@ def _go_to(rng: np.random.Generator, place: int, stream: int = 0) -> None:
   """Takes a Philox generator to a stream of a place; cheaper than a new one.
 
   The counter's last words are stream and place; its first counts the numbers
-  drawn.
+  drawn. Stream 0 is of crops and captions, 1 of records that stand in for
+  others, 2 of the frames of clips.
   """
   state = rng.bit_generator.state
   state["state"]["counter"] = np.array([0, 0, stream, place], np.uint64)
