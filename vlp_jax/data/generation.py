@@ -23,9 +23,15 @@ _FEW = 400  # examples that are not worth the start of a process
 
 
 class Spec(Protocol):
-  """What a configuration of a data set is, as far as it matters here."""
+  """What a configuration of a data set is, as far as all of them share it.
+
+  Attributes:
+    description: one line.
+    image_size: pixels to a side.
+  """
 
   description: str
+  image_size: int
 
   def num_examples(self, split: str) -> int:
     """Returns the number of examples of a split."""
