@@ -5,6 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 _BEAM = "apache-beam>=2.65"
+_VIDEO = "av>=14.0"
 
 setup(
   name="vlp_jax",
@@ -40,8 +41,9 @@ setup(
     "tokenizers>=0.21",
   ],
   extras_require={
-    "test": ["pytest>=8.0", "pytest-xdist>=3.7", "ruff>=0.8", _BEAM],
+    "test": ["pytest>=8.0", "pytest-xdist>=3.7", "ruff>=0.8", _BEAM, _VIDEO],
     "beam": [_BEAM],
+    "video": [_VIDEO],
     "parity": [
       "torch>=2.6",
       "open_clip_torch>=3.3,<4",

@@ -224,7 +224,8 @@ def test_configs_of_before_a_field_was_there(file):
   """They have its default, under which nothing changes."""
   config = config_lib.load(file, ["data.augment=crop"])
   older = json.loads(config_lib.to_json(config))
-  for field in ("mix", "flip", "eval_resize", "clean_captions", "max_bad"):
+  fields = ("mix", "flip", "num_frames", "eval_resize", "clean_captions")
+  for field in (*fields, "max_bad"):
     del older["data"][field]
   for field in ("start_factor", "stairs", "warmup_stairs"):
     del older["schedule"][field]

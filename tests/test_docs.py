@@ -9,7 +9,7 @@ import pytest
 from vlp_jax import config as config_lib
 from vlp_jax import evaluate, export
 from vlp_jax.convert import albef as convert_albef
-from vlp_jax.data import build, train_tokenizer
+from vlp_jax.data import build, one_frame, train_tokenizer
 from vlp_jax.data.prepare import __main__ as prepare
 from vlp_jax.flags import parse_flags
 
@@ -19,6 +19,7 @@ FLAGS = {
   "evaluate": evaluate.FLAGS,
   "export": export.FLAGS,
   "data.build": build.FLAGS,
+  "data.one_frame": one_frame.FLAGS,
   "data.prepare": prepare.FLAGS,
   "data.tokenizer": train_tokenizer.FLAGS,
 }

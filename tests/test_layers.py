@@ -43,6 +43,7 @@ TOP = {"main", "evaluate", "export", "runs", "pretrained", "__init__"}
 # Commands of a layer below; they read flags and end with a status.
 COMMANDS = {
   *("data/build.py", "data/prepare/__main__.py", "data/train_tokenizer.py"),
+  "data/one_frame.py",
   *("convert/albef.py", "convert/dalle.py", "convert/npz.py"),
 }
 

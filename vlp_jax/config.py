@@ -56,6 +56,7 @@ def default_config() -> ConfigDict:
         # To train on several: {"cc12m": 0.7, "coco": 0.3}, kept as JSON.
         mix=config_dict.FieldReference("", field_type=object),
         image_size=64,
+        num_frames=0,  # of a clip; 0 = the data are pictures
         num_workers=0,
         image_key="",
         caption_key="",

@@ -108,13 +108,14 @@ def abstract_params(method: Method, config: Any) -> Params:
 def batch_spec(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes and dtypes of a global training batch."""
   b, size = config.batch_size, config.data.image_size
+  frames = (config.data.num_frames,) if config.data.num_frames else ()
   length = config.tokenizer.max_len
 
   def spec(*shape, dtype=jnp.int32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
   return {
-    "image": spec(b, size, size, 3, dtype=jnp.uint8),
+    "image": spec(b, *frames, size, size, 3, dtype=jnp.uint8),
     "text": spec(b, length),
     "text_len": spec(b),
     "image_id": spec(b),

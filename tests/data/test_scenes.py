@@ -16,6 +16,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from vlp_jax.data import generation
 from vlp_jax.data import scenes_generate as generate
 from vlp_jax.data import scenes_language as language
 from vlp_jax.data import scenes_render as render
@@ -58,6 +59,10 @@ def _digest(examples) -> str:
     texts = {k: v for k, v in example.items() if k != "image"}
     digest.update(json.dumps(texts, sort_keys=True).encode())
   return digest.hexdigest()[:16]
+
+
+def _examples(name, split):
+  return generation.examples(generate.__name__, name, split)
 
 
 def _pixels(example) -> np.ndarray:
@@ -120,16 +125,16 @@ def test_debug_is_the_beginning_of_the_default():
 
 
 def test_worker_processes_make_the_same_examples(monkeypatch, debug):
-  monkeypatch.setattr(generate, "_FEW", 0)
+  monkeypatch.setattr(generation, "_FEW", 0)
   monkeypatch.chdir("/")  # they find the package from anywhere
-  assert list(generate.examples("debug", "test")) == debug["test"]
+  assert list(_examples("debug", "test")) == debug["test"]
 
 
 def test_a_failing_worker_is_an_error(monkeypatch):
-  monkeypatch.setattr(generate, "_FEW", 0)
+  monkeypatch.setattr(generation, "_FEW", 0)
   monkeypatch.setattr(sys, "executable", "false")
-  with pytest.raises(RuntimeError, match="scenes/debug"):
-    list(generate.examples("debug", "test"))
+  with pytest.raises(RuntimeError, match="scenes_generate:debug"):
+    list(_examples("debug", "test"))
 
 
 # ---------------------------------------------------------------- pictures
@@ -271,14 +276,14 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path):
 _BUILD = """
 import os, signal, sys
 from vlp_jax.data.builders import scenes
-made, to_features = [], scenes.to_features
+made, to_features = [], scenes.Scenes.to_features
 def dying(example):
   made.append(example)
   if len(made) == 300:
     os.kill(os.getpid(), signal.SIGKILL)
   return to_features(example)
 if sys.argv[2] == "die":
-  scenes.to_features = dying
+  scenes.Scenes.to_features = staticmethod(dying)
 builder = scenes.ensure_built("scenes/debug", sys.argv[1])
 assert len(builder.as_data_source("comp")) == 64
 assert not {"tensorflow", "jax"} & set(sys.modules)

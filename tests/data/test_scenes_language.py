@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vlp_jax.data import generation
 from vlp_jax.data import scenes_generate as generate
 from vlp_jax.data import scenes_language as language
 from vlp_jax.data import scenes_probes as probes
@@ -12,7 +13,8 @@ from vlp_jax.data import scenes_probes as probes
 def debug():
   """Makes the examples of scenes/debug, by split."""
   return {
-    split: list(generate.examples("debug", split)) for split in generate.SPLITS
+    split: list(generation.examples(generate.__name__, "debug", split))
+    for split in generate.SPLITS
   }
 
 

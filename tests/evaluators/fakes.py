@@ -177,6 +177,7 @@ def environment(source, tokenizer=None, devices=1) -> base.Env:
     {
       "data": {
         "image_size": IMAGE_SIZE,
+        "num_frames": 0,
         "num_workers": 0,
         "name": "fake",
         "eval_resize": "crop",

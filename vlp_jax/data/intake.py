@@ -1,4 +1,4 @@
-"""What may enter a data set: checks of pictures, captions and paths.
+"""What may enter a data set: checks of pictures, clips, captions and paths.
 
 Whatever the web puts into a file, each check either returns what is to be
 stored or raises `Rejected` with a reason. Reasons are few and fixed, so that
@@ -18,12 +18,24 @@ from typing import Any
 
 from PIL import Image
 
-from vlp_jax.data import transforms
+from vlp_jax.data import clips, transforms
 
 MAX_CAPTION = 10_000  # characters
 MIN_SIDE = 8  # pixels
 _JPEG_QUALITY = 95
 _MARKUP = (b"<!doctype", b"<html", b"<?xml", b"<head")
+PICTURES = frozenset(
+  (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif"),
+    *(".tiff", ".ppm", ".pgm", ".avif", ".jp2", ".j2k", ".mpo", ".ico", ".tga"),
+  )
+)
+CLIPS = frozenset(
+  (
+    *(".mp4", ".webm", ".gif", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg"),
+    *(".wmv", ".flv", ".ogv", ".3gp", ".ts"),
+  )
+)
 
 
 class Rejected(Exception):
@@ -58,10 +70,7 @@ def picture(
       large` (by its header, before anything is decoded) or `picture too
       small`.
   """
-  if not data:
-    raise Rejected("empty file")
-  if data[:64].lstrip().lower().startswith(_MARKUP):
-    raise Rejected("not a picture", "HTML or XML")
+  _refuse_markup(data, "not a picture")
   try:
     header = transforms.open_image(data)
   except transforms.OversizedImage as e:
@@ -74,19 +83,83 @@ def picture(
     decoded = transforms.Decode()(data)
   except transforms.UnreadableImage as e:
     raise Rejected("damaged picture", str(e)) from e
-  short = min(decoded.size)
-  if image_size and short > image_size:
-    size = [
-      max(image_size, round(s * image_size / short)) for s in decoded.size
-    ]
-    decoded = decoded.resize(size, Image.Resampling.BICUBIC)
-  elif _is_plain(header):
+  smaller = _reduced(decoded, image_size)
+  if smaller is decoded and _is_plain(header):
     return data
+  is_photo = header.format in ("JPEG", "MPO", "WEBP")
+  return _encoded(smaller, "JPEG" if is_photo else "PNG")
+
+
+def frames(
+  data: clips.Data, most: int, min_side: int = MIN_SIDE, image_size: int = 0
+) -> list[bytes]:
+  """Checks a clip, and returns some of its frames, evenly spread.
+
+  Args:
+    data: of its file, or of its frames.
+    most: so many frames, or all if there are fewer.
+    min_side: least width and height in pixels.
+    image_size: as `picture`.
+
+  Returns:
+    JPEG files.
+
+  Raises:
+    Rejected: `empty file`, `not a video`, `no video stream`, `no frames`,
+      `damaged video`, `frames differ in size`, `damaged picture` (a frame) or
+      `picture too small`.
+  """
+  _refuse_markup(data, "not a video")
+  try:
+    count = min(most, len(clips.open_clip(data)))
+    found = clips.DecodeClip(count)(data)
+  except transforms.UnreadableImage as e:
+    raise _as_rejected(e) from e
+  if min(found[0].size) < min_side:
+    raise Rejected("picture too small", "{}x{}".format(*found[0].size))
+  return [_encoded(_reduced(frame, image_size), "JPEG") for frame in found]
+
+
+def clip(data: bytes) -> bytes:
+  """Checks a clip by its first and its last frame, and returns it.
+
+  Raises:
+    Rejected: as `frames`.
+  """
+  _refuse_markup(data, "not a video")
+  try:
+    clips.check(data)
+  except transforms.UnreadableImage as e:
+    raise _as_rejected(e) from e
+  return data
+
+
+def _as_rejected(error: transforms.UnreadableImage) -> Rejected:
+  reason = getattr(error, "reason", "damaged picture")
+  return Rejected(reason, str(error))
+
+
+def _refuse_markup(data: clips.Data, reason: str) -> None:
+  """Raises `Rejected` on nothing, and on a page that says why there is none."""
+  if not data:
+    raise Rejected("empty file")
+  if isinstance(data, bytes) and data[:64].lstrip().lower().startswith(_MARKUP):
+    raise Rejected(reason, "HTML or XML")
+
+
+def _reduced(image: Image.Image, image_size: int) -> Image.Image:
+  """Returns a picture whose shorter side is at most `image_size`, if any."""
+  short = min(image.size)
+  if not image_size or short <= image_size:
+    return image
+  size = [max(image_size, round(s * image_size / short)) for s in image.size]
+  return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def _encoded(image: Image.Image, kind: str) -> bytes:
   buffer = io.BytesIO()
-  if header.format in ("JPEG", "MPO", "WEBP"):
-    decoded.save(buffer, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
-  else:
-    decoded.save(buffer, "PNG")
+  options = dict(quality=_JPEG_QUALITY, subsampling=0) if kind == "JPEG" else {}
+  image.save(buffer, kind, **options)
   return buffer.getvalue()
 
 
@@ -154,6 +227,32 @@ def read(folder: pathlib.Path, name: str) -> bytes:
     return path.read_bytes()
   except OSError as e:
     raise Rejected("unreadable file", e.strerror or "") from e
+
+
+def read_clip(folder: pathlib.Path, name: str) -> clips.Data:
+  """Returns a clip that a source names: its file, or the frames in a folder.
+
+  Frames are pictures, in the order of their names.
+
+  Raises:
+    Rejected: `no frames`, or as `inside`.
+  """
+  try:
+    return read(folder, name)
+  except Rejected as e:
+    if e.reason != "is a folder":
+      raise
+  names = sorted(os.listdir(folder / name))
+  found = [n for n in names if _is_frame(n)]
+  if not found:
+    raise Rejected("no frames")
+  return [read(folder, os.path.join(name, n)) for n in found]
+
+
+def _is_frame(name: str) -> bool:
+  """Says whether a file in a folder is a frame, by its name."""
+  suffix = os.path.splitext(name)[1].lower()
+  return suffix in PICTURES and not name.startswith(".")
 
 
 def _is_plain(header: Image.Image) -> bool:

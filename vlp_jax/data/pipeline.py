@@ -1,5 +1,9 @@
 """Batches of a source: for training, and every picture once for evaluation.
 
+With `data.num_frames` = F > 0 a picture is a clip, and where `[S, S, 3]` is
+said of it here it is `[F, S, S, 3]`: frames drawn in training, one of each of F
+equal segments, and the middle ones of these in evaluation.
+
 Training batch k is a function of (data config, seeds, k, host) alone: there
 is no iterator state to save, a run goes on at `start_step`, and the global
 batch is the same for any number of workers, threads and hosts. To that end
@@ -27,7 +31,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from vlp_jax.data import transforms
+from vlp_jax.data import clips, transforms
 from vlp_jax.data.recipe import Batch, Recipe, make_recipe
 from vlp_jax.data.sources import Record, Source
 from vlp_jax.data.tokenizer import Tokenizer
@@ -191,7 +195,7 @@ def eval_images(
 
   Args:
     source: any split, or a sequence of records.
-    config: `data.{image_size, eval_resize}`.
+    config: `data.{image_size, eval_resize, num_frames}`.
     batch_size: number of rows of every batch, the last one included.
     shuffled: take the pictures in another order, the same every time.
 
@@ -202,8 +206,8 @@ def eval_images(
     rows and records go on in step.
   """
   read = source.pair if isinstance(source, Source) else source.__getitem__
-  geometry = transforms.eval_geometry(config.data)
-  load = functools.partial(_eval_row, source, read, geometry)
+  transforms.eval_geometry(config.data)  # a mistake shows now, not in a thread
+  load = functools.partial(_eval_row, source, read, config.data)
   indices = grain.MapDataset.range(len(source))
   dataset = (
     (indices.shuffle(seed=0) if shuffled else indices)
@@ -218,10 +222,12 @@ def eval_images(
 def pictures(source: Source, config: ConfigDict) -> Iterator[np.ndarray]:
   """Yields all pictures as evaluation sees them, uint8 `[b, S, S, 3]`.
 
-  Shuffled, the same way every time: neighbours in a list are often alike.
+  Shuffled, the same way every time: neighbours in a list are often alike. Of
+  clips, each frame is a picture.
   """
   for batch in eval_images(source, config, _PICTURES, shuffled=True):
-    yield batch["image"][batch["mask"]]
+    image = batch["image"][batch["mask"]]
+    yield image.reshape(-1, *image.shape[-3:])
 
 
 def decode_image(
@@ -233,6 +239,29 @@ def decode_image(
     transforms.UnreadableImage: if the bytes are no picture.
   """
   return geometry(transforms.Decode()(record_bytes))
+
+
+def eval_image(data: clips.Data, config: ConfigDict) -> np.ndarray:
+  """Returns a record's picture as evaluation sees it, uint8 `[S, S, 3]`.
+
+  Args:
+    data: `image` of the record.
+    config: `config.data`, with `image_size`, `eval_resize` and `num_frames`.
+
+  Raises:
+    transforms.UnreadableImage: if it is no picture, or clip.
+  """
+  geometry = transforms.eval_geometry(config)
+  if not config.num_frames:
+    return decode_image(data, geometry)
+  frames = clips.DecodeClip(config.num_frames)(data)
+  return np.stack([geometry(frame) for frame in frames])
+
+
+def blank_image(config: ConfigDict) -> np.ndarray:
+  """Returns what stands for a picture that cannot be read: a black one."""
+  frames = (config.num_frames,) if config.num_frames else ()
+  return np.zeros((*frames, config.image_size, config.image_size, 3), np.uint8)
 
 
 def data_fingerprint(
@@ -291,15 +320,15 @@ class _HostBatches(grain.MapDataset):
 def _eval_row(
   source: Source,
   read: Callable[[int], Record],
-  geometry: transforms.Geometry,
+  config: ConfigDict,
   index: int,
 ) -> Batch:
   record = read(index)
   try:
-    image = decode_image(record["image"], geometry)
+    image = eval_image(record["image"], config)
   except transforms.UnreadableImage as e:
     warn_skipped(source.name, source.describe(index), str(e))
-    image = np.zeros((geometry.size, geometry.size, 3), np.uint8)
+    image = blank_image(config)
   image_id = np.int32(record["image_id"])
   return {"image": image, "image_id": image_id, "mask": np.True_}
 

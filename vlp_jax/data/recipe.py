@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vlp_jax.data import captions as captions_lib
-from vlp_jax.data import randaugment, transforms
+from vlp_jax.data import clips, randaugment, transforms
 from vlp_jax.data.sources import Record, Source, UnreadableRecord
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.data.warn import warn_skipped
@@ -19,6 +19,8 @@ from vlp_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 _Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+_Image = Image.Image | list[Image.Image]
 
 _AUGMENTS = ("none", "crop", "randaugment")
 # After so many unreadable records in a row something else is wrong.
@@ -31,16 +33,16 @@ class Recipe:
 
   Attributes:
     source: of the records.
-    decode: bytes to a picture.
+    decode: bytes to a picture, or to the frames of a clip.
     crop: a picture to pixels of their final size.
-    augment: what is done to these pixels, in order.
+    augment: what is done to these pixels, in order; the same to all frames.
     clean: what is done to each caption.
     pick: the caption, of several.
     tokenize: captions to ids.
   """
 
   source: Source
-  decode: transforms.Decode
+  decode: transforms.Decode | clips.DecodeClip
   crop: transforms.RandomResizedCrop | transforms.Geometry
   augment: tuple[_Augment, ...]
   clean: Callable[[str], str]
@@ -67,17 +69,22 @@ class Recipe:
     records = [self._read(index) for index in indices]
     images, texts, image_ids, bad = [], [], [], 0
     for index, place, record in zip(indices, places, records, strict=True):
-      found = self._usable(index, record)
+      if self._is_clip:
+        _go_to(rng, place, stream=2)
+      found = self._usable(index, record, rng)
       if found is None:
         bad += 1
         _go_to(rng, place, stream=1)
         found = self._another(index, rng)
       record, image = found
-      _go_to(rng, place)
-      pixels = self.crop(image, rng)
-      for transform in self.augment:
-        pixels = transform(pixels, rng)
-      images.append(pixels)
+      frames = []
+      for frame in image if self._is_clip else [image]:
+        _go_to(rng, place)  # frames of a clip meet the same numbers
+        pixels = self.crop(frame, rng)
+        for transform in self.augment:
+          pixels = transform(pixels, rng)
+        frames.append(pixels)
+      images.append(np.stack(frames) if self._is_clip else pixels)
       texts.append(self.pick(record["captions"], rng))
       image_ids.append(record["image_id"])
     text, text_len = self.tokenize(texts)
@@ -96,6 +103,10 @@ class Recipe:
       steps.append(self.clean)
     return [repr(step) for step in (*steps, self.pick, self.tokenize)]
 
+  @property
+  def _is_clip(self) -> bool:
+    return isinstance(self.decode, clips.DecodeClip)
+
   def _read(self, index: int) -> Record | None:
     try:
       return self.source.pair(index)
@@ -104,8 +115,8 @@ class Recipe:
       return None
 
   def _usable(
-    self, index: int, record: Record | None
-  ) -> tuple[Record, Image.Image] | None:
+    self, index: int, record: Record | None, rng: np.random.Generator
+  ) -> tuple[Record, _Image] | None:
     """Returns a record with its captions cleaned, and its picture, if any."""
     if record is None:
       return None
@@ -113,7 +124,7 @@ class Recipe:
     captions = [caption for caption in captions if caption.strip()]
     try:
       if captions:
-        image = self.decode(record["image"])
+        image = self.decode(record["image"], rng)
         return record | {"captions": captions}, image
       reason = "no caption"
     except transforms.UnreadableImage as e:
@@ -123,7 +134,7 @@ class Recipe:
 
   def _another(
     self, index: int, rng: np.random.Generator
-  ) -> tuple[Record, Image.Image]:
+  ) -> tuple[Record, _Image]:
     """Draws a usable record in place of one that is not.
 
     It depends on the data, the seed and the place alone, so that batches stay
@@ -134,7 +145,7 @@ class Recipe:
     order = order.shuffle(seed=int(rng.integers(2**32)))
     tries = min(len(peers), _MAX_TRIES)
     for at in (order[number] for number in range(tries)):
-      found = self._usable(at, self._read(at))
+      found = self._usable(at, self._read(at), rng)
       if found is not None:
         return found
     raise UserError(
@@ -155,7 +166,7 @@ def make_recipe(
     source: of the records.
     tokenizer: for the captions.
     config: `tokenizer.max_len` and `data.{augment, crop_scale, flip,
-      eval_resize, image_size, clean_captions, max_words}`.
+      eval_resize, image_size, num_frames, clean_captions, max_words}`.
 
   Raises:
     UserError: if one of these fields has no possible value.
@@ -175,9 +186,12 @@ def make_recipe(
   # Twice the pixels that the crop needs leave the resize as good as exact
   # (only large JPEGs are concerned).
   min_side = int(np.ceil(2 * data.image_size / np.sqrt(max(smallest, 1e-2))))
+  decode = transforms.Decode(min_side)
+  if data.num_frames:
+    decode = clips.DecodeClip(data.num_frames, min_side)
   return Recipe(
     source=source,
-    decode=transforms.Decode(min_side),
+    decode=decode,
     crop=crop,
     augment=tuple(augment),
     clean=captions_lib.cleaner(data),
@@ -212,7 +226,8 @@ def _go_to(rng: np.random.Generator, place: int, stream: int = 0) -> None:
   """Takes a Philox generator to a stream of a place; cheaper than a new one.
 
   The counter's last words are stream and place; its first counts the numbers
-  drawn.
+  drawn. Stream 0 is of crops and captions, 1 of records that stand in for
+  others, 2 of the frames of clips.
   """
   state = rng.bit_generator.state
   state["state"]["counter"] = np.array([0, 0, stream, place], np.uint64)

@@ -1,25 +1,17 @@
 """Makes the examples of the data set `scenes`; needs numpy alone.
 
 An example is a pure function of (spec, split, index), the same to the byte
-everywhere: see `dice.py` and `scenes_render.py`. Run as a module, this file
-writes examples to its standard output; `examples` reads those of several such
-processes, which neither fork the caller nor import its main module.
+everywhere: see `dice.py` and `scenes_render.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import json
-import os
-import pathlib
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Mapping
+from typing import Any
 
+from vlp_jax.data import generation
 from vlp_jax.data import scenes_language as language
 from vlp_jax.data import scenes_probes as probes
 from vlp_jax.data import scenes_render as render
@@ -28,10 +20,9 @@ from vlp_jax.data.dice import Dice
 SPLITS = ("train", "validation", "test", "comp")
 _SEED = 20_260_401
 _MARGIN = 0.03  # how far centres keep from the limits of the places
-_FEW = 400  # examples that are not worth the start of a process
 
 _PAIRS = [(c, s) for c in language.COLORS for s in language.SHAPES]
-_SEEN_PAIRS = [pair for pair in _PAIRS if pair not in language.HELD_OUT]
+SEEN_PAIRS = [pair for pair in _PAIRS if pair not in language.HELD_OUT]
 _HELD_OUT_PAIRS = sorted(language.HELD_OUT)
 
 
@@ -123,25 +114,19 @@ def _attempts(spec: Spec, split: str) -> tuple[int, ...]:
   A scene is drawn again while an earlier scene of the split would have the same
   full caption, in whatever order: so each is the full caption of one picture.
   """
-  seen, attempts = set(), []
-  for index in range(spec.num_examples(split)):
-    attempt = 0
-    while True:
-      _, objects = _scene(spec, split, _dice(spec, split, index, attempt))
-      content = tuple(sorted(map(str, map(language.describe_fully, objects))))
-      if content not in seen:
-        break
-      attempt += 1
-    seen.add(content)
-    attempts.append(attempt)
-  return tuple(attempts)
+
+  def content(index: int, attempt: int) -> tuple[str, ...]:
+    _, objects = _scene(spec, split, _dice(spec, split, index, attempt))
+    return tuple(sorted(map(str, map(language.describe_fully, objects))))
+
+  return generation.distinct(spec.num_examples(split), content)
 
 
 def _layout(spec: Spec, compositional: bool, dice: Dice) -> list[render.Sprite]:
   """Draws the objects of a scene and finds room for them."""
   while True:
     pairs = [
-      dice.pick(_PAIRS if compositional else _SEEN_PAIRS)
+      dice.pick(_PAIRS if compositional else SEEN_PAIRS)
       for _ in range(dice.pick(spec.counts))
     ]
     if compositional:
@@ -201,80 +186,3 @@ def _touch(x: int, y: int, width: int, height: int, other) -> bool:
     other.x - width <= x <= other.x + other_width
     and other.y - height <= y <= other.y + other_height
   )
-
-
-# ------------------------------------------------------------ many at once
-
-
-def examples(name: str, split: str) -> Iterator[dict[str, Any]]:
-  """Makes the examples of a split in order, several at a time.
-
-  Raises:
-    RuntimeError: if a process that makes them fails.
-  """
-  spec = SPECS[name]
-  total = spec.num_examples(split)
-  if total <= _FEW:
-    yield from (example(spec, split, i) for i in range(total))
-    return
-  num_workers = min(os.cpu_count() or 1, 4)
-  # The workers find this package where we did.
-  root = str(pathlib.Path(__file__).parents[2])
-  path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-  with contextlib.ExitStack() as stack:
-    outputs = []
-    for worker in range(num_workers):
-      process = stack.enter_context(
-        subprocess.Popen(
-          [
-            sys.executable,
-            "-m",
-            "vlp_jax.data.scenes_generate",
-            name,
-            split,
-            str(worker),
-            str(num_workers),
-          ],
-          stdout=subprocess.PIPE,
-          stdin=subprocess.DEVNULL,
-          env={**os.environ, "PYTHONPATH": path},
-          pipesize=1 << 20,
-          start_new_session=True,  # Ctrl-C is for us; we end them
-        )
-      )
-      stack.callback(process.kill)
-      outputs.append(process.stdout)
-    for i in range(total):
-      made = _receive(outputs[i % num_workers])
-      if made is None:
-        raise RuntimeError(f"a process that draws scenes/{name} has stopped")
-      yield made
-
-
-def _receive(stream: BinaryIO) -> dict[str, Any] | None:
-  """Reads what `_send` wrote; None if the stream ends before."""
-  line = stream.readline()
-  if not line.endswith(b"\n"):
-    return None
-  made = json.loads(line)
-  image = stream.read(made["image"])
-  return {**made, "image": image} if len(image) == made["image"] else None
-
-
-def _send(made: dict[str, Any], stream: BinaryIO) -> None:
-  """Writes a line of JSON, with the image's length in its place, and it."""
-  texts = json.dumps({**made, "image": len(made["image"])})
-  stream.write(texts.encode() + b"\n" + made["image"])
-
-
-def main(name: str, split: str, worker: str, num_workers: str) -> None:
-  """Writes every `num_workers`-th example of a split to standard output."""
-  if hasattr(signal, "SIGPIPE"):
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader is gone: end
-  spec = SPECS[name]
-  for index in range(int(worker), spec.num_examples(split), int(num_workers)):
-    _send(example(spec, split, index), sys.stdout.buffer)
-
-
-if __name__ == "__main__":
-  main(*sys.argv[1:])

@@ -32,7 +32,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vlp_jax.data.dice import Dice
@@ -121,6 +121,10 @@ class Meaning:
   only: bool = False
 
 
+# Reads a term of a text at a place: the term and where it ends, or None.
+ReadTerm = Callable[[str, int], tuple[Term, int] | None]
+
+
 def center(thing: Object) -> tuple[float, float]:
   """Returns the centre (x, y) of an object's box."""
   x0, y0, x1, y1 = thing["bbox"]
@@ -189,22 +193,32 @@ _OPENER = re.compile(r"(?:there (?P<be>is|are) )?(?P<only>only )?")
 _LINK = re.compile(rf" (?P<link>and|with|{_choice(_RELATIONS)}) ")
 
 
-def parse(text: str) -> Meaning | None:
+def term_at(text: str, at: int) -> tuple[Term, int] | None:
+  """Reads a term; returns it and where it ends, or None if there is none."""
+  match = _TERM.match(text, at)
+  term = _read_term(match) if match else None
+  return None if term is None else (term, match.end())
+
+
+def parse(text: str, read: ReadTerm = term_at) -> Meaning | None:
   """Returns what a caption means, or None if it is not in the grammar.
 
   Spaces may be repeated; all else must be exact, agreement in number included.
   Relations join "a" terms, and "only" stands with "a" terms alone.
+
+  Args:
+    text: the caption.
+    read: reads a term, as `term_at`; another language may say more in it.
   """
   text = " ".join(text.split())
   opener = _OPENER.match(text)
   at, terms, links = opener.end(), [], []
   while True:
-    match = _TERM.match(text, at)
-    term = _read_term(match) if match else None
-    if term is None:
+    found = read(text, at)
+    if found is None:
       return None
+    term, at = found
     terms.append(term)
-    at = match.end()
     if at == len(text):
       break
     link = _LINK.match(text, at)

@@ -1,4 +1,4 @@
-"""Draws the pictures of the data set `scenes`.
+"""Draws the pictures of the data sets `scenes` and `scenes_video`.
 
 Everything is integer arithmetic on tables that are rounded far from ties, so
 a picture is the same to the byte on every machine. Lengths and positions are
@@ -13,6 +13,7 @@ import math
 import struct
 import zlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -59,10 +60,12 @@ class Stencil:
       trimmed to the pixels that are covered at all.
     box: (x0, y0, x1, y1) in pixels of the stencil, ends excluded: the
       pixels that are at least half covered.
+    center: (x, y) of the pixel that the shape is drawn around.
   """
 
   coverage: np.ndarray
   box: tuple[int, int, int, int]
+  center: tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,6 +84,12 @@ class Sprite:
     """Returns (x0, y0, x1, y1) in pixels of the picture, ends excluded."""
     x0, y0, x1, y1 = self.stencil.box
     return x0 + self.x, y0 + self.y, x1 + self.x, y1 + self.y
+
+  @property
+  def extent(self) -> tuple[int, int, int, int]:
+    """Returns the same of all pixels that are covered at all."""
+    height, width = self.stencil.coverage.shape
+    return self.x, self.y, self.x + width, self.y + height
 
 
 def _depth(shape: str, x: np.ndarray, y: np.ndarray, radius: int, angle: int):
@@ -125,16 +134,25 @@ def _depth(shape: str, x: np.ndarray, y: np.ndarray, radius: int, angle: int):
 
 
 @functools.cache
-def stencil(shape: str, radius: int, angle: int) -> Stencil:
-  """Makes the stencil of a shape; `radius` in units, `angle` in degrees."""
+def stencil(shape: str, radius: int, angle: int, height: int = 100) -> Stencil:
+  """Makes the stencil of a shape.
+
+  Args:
+    shape: one of `UPRIGHT`.
+    radius: in units.
+    angle: in degrees.
+    height: percent that is left of the shape's height; negative: upside down.
+  """
   reach = radius * 136 // (100 * UNIT) + 2
   steps = np.arange(-reach, reach + 1, dtype=np.int32) * UNIT
-  depth = _depth(shape, steps[None, :], steps[:, None], radius, angle)
+  rows = steps[:, None] * 100 // height
+  depth = _depth(shape, steps[None, :], rows, radius, angle)
   coverage = _coverage(depth)
   x0, y0, x1, y1 = _extent(coverage > 0)
   coverage = coverage[y0:y1, x0:x1]
   coverage.setflags(write=False)  # it is shared
-  return Stencil(coverage, _extent(coverage >= _FULL // 2))
+  box = _extent(coverage >= _FULL // 2)
+  return Stencil(coverage, box, (reach - x0, reach - y0))
 
 
 def _coverage(depth: np.ndarray) -> np.ndarray:
@@ -167,18 +185,46 @@ def draw(sprites: Sequence[Sprite], image_size: int, dice: Dice) -> np.ndarray:
   A smooth dark background, 0 to 2 grey lines, the sprites (each with its own
   tint and shading), and noise with a standard deviation from 2 to 10.
   """
+  return draw_clip([[sprite] for sprite in sprites], image_size, dice)[0]
+
+
+def draw_clip(
+  tracks: Sequence[Sequence[Sprite | None]], image_size: int, dice: Dice
+) -> np.ndarray:
+  """Draws the frames of a clip, each as `draw` does.
+
+  All but the sprites stands still, the noise included; what is drawn by lot
+  does not depend on where the sprites are.
+
+  Args:
+    tracks: of each object its sprites, frame by frame; None where it is not.
+    image_size: pixels to a side.
+    dice: decide on all else.
+
+  Returns:
+    uint8 `[F, image_size, image_size, 3]`.
+  """
   planes = _background(image_size, dice)
   for _ in range(dice.below(3)):
     _draw_line(planes, dice)
-  for sprite in sprites:
-    _draw_sprite(planes, sprite, dice)
+  frames = np.repeat(planes[None], len(tracks[0]), axis=0)
+  for track in tracks:
+    paint = _draw_paint(next(filter(None, track)).color, dice)
+    shades = {}  # most objects look the same all the time
+    for frame, sprite in zip(frames, track, strict=True):
+      if sprite is not None:
+        stencil = sprite.stencil
+        if stencil not in shades:
+          shades[stencil] = _shade(stencil, paint)
+        x0, y0, x1, y1 = sprite.extent
+        _blend(frame[:, y0:y1, x0:x1], shades[stencil], stencil.coverage)
   # The sum of four bytes is nearly normal, with standard deviation 147.8.
   noise = dice.bytes(4 * planes.size).reshape(4, *planes.shape)
   noise = noise.astype(np.int16)
   noise = noise[0] + noise[1] + noise[2] + noise[3] - 510
-  planes += (noise * dice.between(4, 17) + 128) // 256
-  picture = _clip(planes, 0, 255).astype(np.uint8).transpose(1, 2, 0)
-  return np.ascontiguousarray(picture)
+  frames += (noise * dice.between(4, 17) + 128) // 256
+  frames = _clip(frames, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+  return np.ascontiguousarray(frames)
 
 
 @functools.cache
@@ -210,15 +256,24 @@ def _draw_line(planes: np.ndarray, dice: Dice) -> None:
   _blend(planes, grey, _coverage(width // 2 - offset))
 
 
-def _draw_sprite(planes: np.ndarray, sprite: Sprite, dice: Dice) -> None:
-  coverage = sprite.stencil.coverage
-  height, width = coverage.shape
+class _Paint(NamedTuple):
+  """How an object is painted: its tint, and the light that falls on it."""
+
+  color: np.ndarray
+  angle: int
+  strength: int
+
+
+def _draw_paint(color: str, dice: Dice) -> _Paint:
   light = dice.between(232, 272)  # 256 = as in the palette
-  color = np.array(
-    [c * light // 256 + dice.between(-16, 16) for c in PALETTE[sprite.color]],
-    np.int32,
-  )
-  angle, strength = dice.below(360), dice.between(0, 44)
+  tint = [c * light // 256 + dice.between(-16, 16) for c in PALETTE[color]]
+  return _Paint(np.array(tint, np.int32), dice.below(360), dice.between(0, 44))
+
+
+def _shade(stencil: Stencil, paint: _Paint) -> np.ndarray:
+  """Returns the paint of a stencil's pixels, int16 `[3, h, w]`."""
+  height, width = stencil.coverage.shape
+  color, angle, strength = paint
 
   # From -strength to +strength across the sprite, again with 256 = 1.
   def slope(length: int, part: int) -> np.ndarray:
@@ -226,10 +281,7 @@ def _draw_sprite(planes: np.ndarray, sprite: Sprite, dice: Dice) -> None:
     return steps * (strength * part) // (max(height, width) << 14)
 
   shade = 256 + slope(width, _COS[angle]) + slope(height, _SIN[angle])[:, None]
-  paint = _clip(color[:, None, None] * shade >> 8, 0, 255).astype(np.int16)
-  rows = slice(sprite.y, sprite.y + height)
-  columns = slice(sprite.x, sprite.x + width)
-  _blend(planes[:, rows, columns], paint, coverage)
+  return _clip(color[:, None, None] * shade >> 8, 0, 255).astype(np.int16)
 
 
 def encode_png(picture: np.ndarray) -> bytes:

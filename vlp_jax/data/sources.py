@@ -3,9 +3,12 @@
 `open_source(config.data, split)` opens, in this order of preference:
 
 - `data.source`: a JSONL file read in place (see `jsonl.py`);
-- `data.name` = `scenes`: the embedded data, generated at first use;
+- `data.name` = `scenes` or `scenes_video`: the embedded data, generated at
+  first use;
 - `data.name`: any TFDS data set on disk that has a picture and a caption, as
   `name[/config][:version]` or the path of its folder.
+
+With `data.num_frames`, records are clips: see `clips.py`.
 
 Sources hold no open files when pickled, so that data workers can have them.
 """
@@ -46,7 +49,7 @@ class Source:
     directory: the folder beside the data, where derived files may be kept.
     fingerprint: name, version, split and number of records; for a JSONL file
       the hash of its bytes. Equal fingerprints, equal records.
-    annotated: whether records tell their objects.
+    annotated: whether records tell their objects, as scenes does.
   """
 
   name: str
@@ -62,10 +65,11 @@ class Source:
     """Returns record `index` with all that is known of it.
 
     Returns:
-      `image`: encoded bytes; `captions`: list of str; `image_id`: int in
-      [0, 2^31); and what else the source has: `label`, `category`,
-      `keywords`, RefCOCO's `refs`, and for scenes `objects`, `phrases`,
-      `binding`, `relation`.
+      `image`: encoded bytes, or a list of them, the frames of a clip;
+      `captions`: list of str; `image_id`: int in [0, 2^31); and what else the
+      source has: `label`, `category`, `keywords`, RefCOCO's `refs`, for scenes
+      `objects`, `phrases`, `binding`, `relation`, and for scenes_video
+      `objects`, `motion`, `binding`.
 
     Raises:
       UnreadableRecord: if the file is damaged there.
@@ -184,6 +188,7 @@ class TfdsSource(Source):
     image_key: str = "",
     caption_key: str = "",
     to_record: str = "",
+    clips: bool = False,
   ):
     """Opens a split.
 
@@ -194,11 +199,12 @@ class TfdsSource(Source):
       caption_key: see `tfds_fields.find`.
       to_record: module with a function `to_record(example) -> record`, for
         data sets that tell more than a caption.
+      clips: whether to read clips.
     """
     info = builder.info
     self._path = str(builder.data_path)
     self._fields = tfds_fields.find(
-      info.features, info.full_name, image_key, caption_key
+      info.features, info.full_name, image_key, caption_key, clips
     )
     self._to_record = to_record
     try:
@@ -223,7 +229,7 @@ class TfdsSource(Source):
     self.name = f"{info.full_name}:{split}"
     self.split = split
     self.directory = pathlib.Path(self._path)
-    self.annotated = "objects" in info.features and bool(to_record)
+    self.annotated = "phrases" in info.features and bool(to_record)
     self.fingerprint = (
       f"{info.full_name}:{split}:{self._length} records:"
       f"{sum(v.num_bytes for v in info.splits.values())} bytes:"
@@ -265,7 +271,7 @@ class TfdsSource(Source):
       return self.pair(index)
     example = self._builder.info.features.deserialize_example_np(
       self._bytes(index),
-      decoders={self._fields.image: tfds.decode.SkipDecoding()},
+      decoders={self._fields.image: tfds_fields.SkipDecoding()},
     )
     return self._record_fn(example)
 
@@ -293,13 +299,16 @@ def open_source(data: ConfigDict, split: str) -> Source:
   """
   if data.source:
     return JsonlSource(jsonl.find(data.source), split)
-  if data.name.split("/")[0].split(":")[0] == "scenes":
-    from vlp_jax.data.builders import scenes
-
-    builder = scenes.ensure_built(data.name, data_dir())
-    return TfdsSource(builder, split, to_record=scenes.__name__)
+  clips = data.num_frames > 0
+  base = data.name.split("/")[0].split(":")[0]
+  if base in builders.EMBEDDED:
+    module = importlib.import_module(f"{builders.__name__}.{base}")
+    builder = module.ensure_built(data.name, data_dir())
+    return TfdsSource(builder, split, to_record=module.__name__, clips=clips)
   builder = _find_builder(data.name)
-  return TfdsSource(builder, split, data.image_key, data.caption_key)
+  return TfdsSource(
+    builder, split, data.image_key, data.caption_key, clips=clips
+  )
 
 
 def data_dir() -> pathlib.Path:

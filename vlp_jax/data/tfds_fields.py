@@ -1,4 +1,4 @@
-"""Which features of a TFDS data set are the picture and the caption.
+"""Which features of a TFDS data set are the picture, or clip, and the caption.
 
 TFDS stores an example as a flat map from paths such as `captions/text` to
 values. Reading just the few that are needed from it is several times faster
@@ -20,7 +20,17 @@ from vlp_jax.errors import UserError
 # What caption features are called, the likeliest first.
 _CAPTION_NAMES = ("caption", "text", "sentence", "description", "title")
 _ID_PATHS = ("image_id", "image/id", "id")
+# What features with the bytes of a clip's file are called.
+_FILE_NAMES = ("video", "clip")
 _LABEL_PATHS = ("label", "category", "refs")
+
+
+class SkipDecoding(tfds.decode.SkipDecoding):
+  """TFDS's, for sequences as well."""
+
+  def decode_batch_example_np(self, example_data):
+    """Returns what is stored."""
+    return example_data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,16 +38,18 @@ class Fields:
   """The paths of what a record is made of.
 
   Attributes:
-    image: of the encoded picture.
+    image: of the encoded picture, or of a clip: its file, or its frames.
     caption: of the caption or captions.
     image_id: of an integer, or "" if there is none.
     labels: of scalar annotations that are kept.
+    has_frames: whether `image` is the frames of a clip.
   """
 
   image: str
   caption: str
   image_id: str = ""
   labels: tuple[str, ...] = ()
+  has_frames: bool = False
 
   def read(self, data: bytes, index: int) -> dict[str, Any]:
     """Returns the record in a serialised example.
@@ -50,8 +62,9 @@ class Fields:
     captions = values[self.caption].bytes_list.value
     if self.image_id:
       index = values[self.image_id].int64_list.value[0] & 0x7FFFFFFF
+    images = list(values[self.image].bytes_list.value)
     record = {
-      "image": next(iter(values[self.image].bytes_list.value), b""),
+      "image": images if self.has_frames else next(iter(images), b""),
       "captions": [c.decode("utf-8", "replace") for c in captions],
       "image_id": index,
     }
@@ -70,20 +83,30 @@ def find(
   name: str,
   image_key: str = "",
   caption_key: str = "",
+  clips: bool = False,
 ) -> Fields:
   """Finds the picture and the caption among features, by their types.
+
+  Of clips, frames are preferred to a file, and a file to a picture.
 
   Args:
     features: of the data set.
     name: of the data set, for messages.
     image_key: path of the picture's feature, if it is to be told.
     caption_key: path of the captions' feature, such as `captions/text`.
+    clips: whether to find clips.
 
   Raises:
     UserError: if one is missing or ambiguous; the message lists the features.
   """
   leaves = list(_leaves(features))
   images = [p for p, f, depth in leaves if _is_image(f) and depth == 0]
+  frames = [p for p, f, depth in leaves if _is_image(f) and depth == 1]
+  files = [p for p, f, _ in leaves if p in _FILE_NAMES and _is_text(f)]
+  likely = images
+  if clips:
+    likely = frames or files or images
+    images = [*frames, *files, *images]
   texts = [p for p, f, depth in leaves if _is_text(f) and depth <= 1]
   integers = [
     p
@@ -98,14 +121,18 @@ def find(
     p for p, f, _ in leaves if isinstance(f, tfds.features.ClassLabel)
   }
   listing = f"its features are {_listing(leaves)}"
+  if not clips and (frames or files):
+    listing += "; for its clips, set --config.data.num_frames"
   caption = _choose(
     "caption_key", caption_key, texts, _likeliest(texts), name, listing
   )
+  image = _choose("image_key", image_key, images, likely, name, listing)
   return Fields(
-    image=_choose("image_key", image_key, images, images, name, listing),
+    image=image,
     caption=caption,
     image_id=next((p for p in _ID_PATHS if p in integers), ""),
     labels=tuple(p for p in _LABEL_PATHS if p in scalars and p != caption),
+    has_frames=image in frames,
   )
 
 

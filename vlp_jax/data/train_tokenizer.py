@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> None:
       source=values["source"],
       image_key="",
       caption_key="",
+      num_frames=1,  # captions of clips as well as of pictures
     )
   )
   source = sources.open_source(data, values["split"])

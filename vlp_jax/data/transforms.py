@@ -52,18 +52,21 @@ class Decode:
 
   min_side: int = 0
 
-  def __call__(self, data: bytes) -> Image.Image:
-    """Returns a picture of mode RGB.
+  def __call__(
+    self, data: bytes, rng: np.random.Generator | None = None
+  ) -> Image.Image:
+    """Returns a picture of mode RGB; nothing is drawn.
 
     Raises:
       UnreadableImage: whatever the decoder's complaint.
     """
+    del rng
     image = open_image(data)
     try:
       if self.min_side and image.format in ("JPEG", "MPO"):
         image.draft("RGB", (self.min_side, self.min_side))
       image.load()
-      return _to_rgb(_upright(image))
+      return to_rgb(_upright(image))
     except Exception as e:  # decoders raise all sorts on damaged files
       raise UnreadableImage(_reason(e)) from e
 
@@ -276,7 +279,8 @@ def _upright(image: Image.Image) -> Image.Image:
   return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+  """Returns a picture of mode RGB, transparency on white."""
   if image.mode.startswith("I"):  # 16 bits a pixel
     values = np.asarray(image).astype(np.int64) >> 8
     image = Image.fromarray(values.clip(0, 255).astype(np.uint8))

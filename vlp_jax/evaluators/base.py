@@ -207,11 +207,11 @@ class Evaluator:
 
   def image(self, index: int) -> np.ndarray:
     """Returns a picture, uint8 `[S, S, 3]`; black if it cannot be read."""
-    geometry = transforms.eval_geometry(self.env.config.data)
+    data = self.env.config.data
     try:
-      return pipeline.decode_image(self.source[index]["image"], geometry)
+      return pipeline.eval_image(self.source[index]["image"], data)
     except transforms.UnreadableImage:  # as in pipeline.eval_images
-      return np.zeros((geometry.size, geometry.size, 3), np.uint8)
+      return pipeline.blank_image(data)
 
   def tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Returns ids `[N, L]` and lengths `[N]`, of texts as in training."""

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from vlp_jax.errors import UserError
 from vlp_jax.models import initializers
 from vlp_jax.models.dense import Dense
 from vlp_jax.models.transformer import ACTIVATIONS, Transformer, layer_norm
@@ -156,7 +157,15 @@ class VisionTower(nn.Module):
 
     Returns:
       `[B, N, D]`, row by row.
+
+    Raises:
+      UserError: on clips, `[B, F, H, W, 3]`.
     """
+    if image.ndim != 4:
+      raise UserError(
+        "this model reads pictures, not clips; leave config.data.num_frames at "
+        "0, and choose data that are pictures"
+      )
     pixels = patches_lib.patch_pixels(image, self.patch_size)
     shape = tuple(side // self.patch_size for side in image.shape[1:3])
     pos = patches_lib.resize_positions(self.pos, self.grid, shape)

@@ -1,10 +1,9 @@
 import pytest
 
 from tests.data.builders import toy
-from tests.data.builders.test_msrvtt import read
+from tests.data.builders.test_msrvtt import CLIP, read
 from vlp_jax.errors import UserError
 
-CLIP = b"RIFF\0\1\0\0AVI LIST" + bytes(range(256))
 TIMES = "00.00.51.926\t00.00.54.129\t00.00.51.926\t00.00.54.129"
 FIRST = "0001_American_Beauty_00.00.51.926-00.00.54.129"
 SECOND = "3009_BATTLE_LOS_ANGELES_00.03.07.170-00.03.09.675"
@@ -27,7 +26,7 @@ def _write(tmp_path, lists=LISTS):
     toy.put(tmp_path / "manual" / name, content)
   clips = tmp_path / "manual" / "videos"
   toy.put(clips / "0001_American_Beauty" / f"{FIRST}.avi", CLIP)
-  toy.put(clips / "3009_BATTLE_LOS_ANGELES" / f"{SECOND}.avi", CLIP + b"2")
+  toy.put(clips / "3009_BATTLE_LOS_ANGELES" / f"{SECOND}.avi", CLIP + b"\0")
 
 
 def test_clips_with_their_captions(tmp_path):
@@ -40,7 +39,7 @@ def test_clips_with_their_captions(tmp_path):
     "captions": ['"SOMEONE," he says, smiles.', "He laughs."],
     "video_id": FIRST,
   }
-  assert second["video"] == CLIP + b"2"
+  assert second["video"] == CLIP + b"\0"
   assert toy.skipped(builder) == {
     "not 6 columns": ["LSMDC16_annos_training.csv:5"],
     "missing file": ["1_Film_00.00.01.000-00.00.02.000"],

@@ -1,10 +1,13 @@
 import pytest
 
 from tests.data.builders import toy
+from tests.data.test_clips import animation
+from vlp_jax import config as config_lib
+from vlp_jax.data import pipeline, sources
 from vlp_jax.data.builders import videos
 from vlp_jax.errors import UserError
 
-CLIP = b"\0\0\0\x18ftypmp42" + bytes(range(256)) + b"\xff\xfe\0"
+CLIP = animation(count=3)  # whatever the name says
 HEADER = "key,vid_key,video_id,sentence\n"
 TEST = HEADER + (
   "ret0,msr9770,video9770,a person is connecting something to system\n"
@@ -23,6 +26,7 @@ def write(tmp_path, test=TEST):
     ("video2", "its clip is empty"),
     ("video3", "its clip is missing"),
     ("video4", "its clip is a page"),
+    ("video6", "its clip breaks off"),
   ]
   data = {
     "info": {"year": "2016", "version": "1.0"},
@@ -43,11 +47,11 @@ def write(tmp_path, test=TEST):
     ],
   }
   toy.put(manual / "MSRVTT_data.json", data)
-  listed = "video_id\n" + "".join(f"video{i}\n" for i in range(6))
+  listed = "video_id\n" + "".join(f"video{i}\n" for i in range(7))
   toy.put(manual / "MSRVTT_train.9k.csv", listed.encode())
   toy.put(manual / "MSRVTT_JSFUSION_test.csv", test.encode())
   clips = {0: CLIP, 1: CLIP, 2: b"", 4: b"\n<!DOCTYPE html><html>", 5: CLIP}
-  clips |= {9770: CLIP + b"1", 9771: CLIP + b"2"}
+  clips |= {6: CLIP[: len(CLIP) // 2], 9770: CLIP + b"\0", 9771: CLIP + b"\0\0"}
   for number, clip in clips.items():
     toy.put(manual / f"videos/all/video{number}.mp4", clip)
 
@@ -71,7 +75,7 @@ def test_clips_with_their_captions(tmp_path):
   expected = {"video": CLIP, "captions": captions, "video_id": "video0"}
   assert read(builder, "train") == [expected]
   first, second = read(builder, "test")
-  assert first["video"] == CLIP + b"1"
+  assert first["video"] == CLIP + b"\0"
   assert first["captions"] == ["a person is connecting something to system"]
   assert second["captions"] == ["a girl, and a horse"]
   assert toy.skipped(builder) == {
@@ -79,7 +83,26 @@ def test_clips_with_their_captions(tmp_path):
     "empty file": ["video2"],
     "missing file": ["video3"],
     "not a video": ["video4"],
+    "damaged video": ["video6"],
   }
+
+
+def test_clips_are_read_as_frames(tmp_path, monkeypatch):
+  write(tmp_path)
+  toy.make("msrvtt", tmp_path)
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
+  config = config_lib.default_config()
+  config.data.update(name="msrvtt", num_frames=3, image_size=16)
+  source = sources.open_source(config.data, "test")
+  assert source[0]["captions"] == ["a person is connecting something to system"]
+  batch = next(pipeline.eval_images(source, config, 2))
+  assert batch["image"].shape == (2, 3, 16, 16, 3)
+  assert (
+    batch["image"].mean(axis=(2, 3, 4)).round().tolist() == [[0, 6, 12]] * 2
+  )
+  config.data.num_frames = 0
+  with pytest.raises(UserError, match="for its clips, set --config"):
+    sources.open_source(config.data, "test")
 
 
 def test_names_do_not_leave_the_folder(tmp_path):

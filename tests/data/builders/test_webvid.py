@@ -17,7 +17,7 @@ def _write(tmp_path):
   toy.put(manual / "results_2M_val.csv", val.encode())
   toy.put(manual / "videos/006001_006050/21179416.mp4", CLIP)
   toy.put(manual / "videos/071501_071550/33.mp4", CLIP)
-  toy.put(manual / "videos/000001_000050/1.mp4", CLIP + b"1")
+  toy.put(manual / "videos/000001_000050/1.mp4", CLIP + b"\0")
 
 
 def test_clips_with_their_captions(tmp_path):

@@ -12,6 +12,8 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
+# Made at first use, by the modules of these names.
+EMBEDDED = ("scenes", "scenes_video")
 # Built by TFDS's own code.
 OF_TFDS = ("imagenet2012", "cifar10", "cifar100")
 

@@ -1,7 +1,7 @@
 """What builders of clips with captions have in common.
 
-A record is a clip's file, byte for byte, with its captions; nothing of it is
-decoded.
+A record is a clip's file, byte for byte, with its captions. It is opened, and
+its first and last frame are decoded, to see that it is whole.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from vlp_jax.data import intake
 from vlp_jax.data.builders import manual
 from vlp_jax.data.prepare.entries import Tally
 from vlp_jax.errors import UserError
-
-_MARKUP = (b"<!doctype", b"<html", b"<?xml", b"<head")
 
 
 class Clip(NamedTuple):
@@ -63,27 +61,12 @@ def split(folder: pathlib.Path, clips: Mapping[str, Clip]) -> manual.Split:
 
   def make(video_id: str, clip: Clip, tally: Tally) -> dict[str, Any]:
     return {
-      "video": read_clip(folder, clip.file),
+      "video": intake.clip(intake.read(folder, clip.file)),
       "captions": manual.captions(clip.captions, video_id, tally),
       "video_id": video_id,
     }
 
   return manual.Split(clips.items(), make)
-
-
-def read_clip(folder: pathlib.Path, name: str) -> bytes:
-  """Returns a clip's file.
-
-  Raises:
-    intake.Rejected: `empty file`, `not a video` (a page that says why there is
-      none), or what `intake.read` raises.
-  """
-  data = intake.read(folder, name)
-  if not data:
-    raise intake.Rejected("empty file")
-  if data[:64].lstrip().lower().startswith(_MARKUP):
-    raise intake.Rejected("not a video", "HTML or XML")
-  return data
 
 
 def table(

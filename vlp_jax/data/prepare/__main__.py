@@ -1,7 +1,7 @@
 """python -m vlp_jax.data.prepare --source=PATH --name=NAME
 
-Writes a TFDS data set (ArrayRecord) of `image`, `captions` and `image_id`,
-which every command then reads as `--config.data.name=NAME`.
+Writes a TFDS data set (ArrayRecord) of `image` (of clips, `frames`), `captions`
+and `image_id`, which every command then reads as `--config.data.name=NAME`.
 
   --source=PATH          a folder of pictures with .txt captions beside them, or
                          with a metadata.jsonl or .csv; a .jsonl, .csv, .tsv or
@@ -17,6 +17,8 @@ which every command then reads as `--config.data.name=NAME`.
                          found by their usual names
   --keep=A,B             other columns to keep
   --image_size=N         reduce larger pictures to a shorter side of N pixels
+  --num_frames=N         the source holds clips (.mp4, .webm, .gif, ..., or
+                         folders of frames): keep N frames of each
   --min_side=8           skip pictures with a shorter side than that
   --max_bad=1%           give up when more of the source has to be skipped
   --num_workers=N        processes; one a core, if not given
@@ -47,6 +49,7 @@ FLAGS = {
   "id_column": "",
   "keep": "",
   "image_size": 0,
+  "num_frames": 0,
   "min_side": 8,
   "max_bad": "1%",
   "num_workers": 0,

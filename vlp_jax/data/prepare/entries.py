@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from vlp_jax.data import intake
+from vlp_jax.data.clips import Data
 
 # Rejections keep so many names of each reason.
 _NAMED = 10
@@ -34,14 +35,15 @@ class Place(NamedTuple):
   offset: int = 0
   size: int = -1
 
-  def read(self) -> bytes:
-    """Returns the picture's bytes.
+  def read(self, clips: bool = False) -> Data:
+    """Returns the picture's bytes; of a clip also those of its frames.
 
     Raises:
       intake.Rejected: if the file is missing, elsewhere or unreadable.
     """
     if self.size < 0:
-      return intake.read(pathlib.Path(self.folder), self.file)
+      read = intake.read_clip if clips else intake.read
+      return read(pathlib.Path(self.folder), self.file)
     try:
       with open(self.file, "rb") as file:
         return os.pread(file.fileno(), self.size, self.offset)

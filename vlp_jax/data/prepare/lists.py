@@ -24,7 +24,7 @@ SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 # The usual names of columns, the likeliest first; in any case.
 _IMAGE = (
   *("image", "file_name", "filename", "filepath", "file_path", "image_path"),
-  *("path", "file", "img", "url", "image_url"),
+  *("path", "file", "img", "video", "clip", "url", "image_url"),
 )
 _CAPTION = ("captions", "caption", "text", "title", "texts", "sentence")
 _ID = ("image_id", "id", "key", "uid", "__key__")
@@ -45,6 +45,7 @@ class Columns:
     image_id: of a name that is unique among pictures.
     split: of the split; "-" for none.
     keep: others to keep.
+    clips: whether a picture is a clip: its file, or a folder of frames.
   """
 
   image: str = ""
@@ -52,6 +53,7 @@ class Columns:
   image_id: str = ""
   split: str = ""
   keep: tuple[str, ...] = ()
+  clips: bool = False
 
   def found(self, path: pathlib.Path, names: Sequence[str]) -> Columns:
     """Returns the columns among a list's.
@@ -88,6 +90,7 @@ class Columns:
       image_id=find("id", self.image_id, _ID, False),
       split=split,
       keep=self.keep,
+      clips=self.clips,
     )
 
 

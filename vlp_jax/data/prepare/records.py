@@ -24,20 +24,27 @@ class Schema:
   Attributes:
     min_side: least side of a picture in pixels.
     image_size: shorter side that larger pictures are reduced to; 0 = none.
+    num_frames: so many frames of a clip are kept; 0 = records are pictures.
     kinds: of the fields that are kept: `int`, `float`, `text`, `texts` (a
       list) or `json` (all else, as text).
   """
 
   min_side: int = intake.MIN_SIDE
   image_size: int = 0
+  num_frames: int = 0
   kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def features(self) -> tfds.features.FeaturesDict:
     """Returns TFDS's description of a record."""
     extra = {name: _FEATURES[kind]() for name, kind in self.kinds.items()}
+    image = tfds.features.Image(shape=(None, None, 3))
+    if self.num_frames:
+      images = {"frames": tfds.features.Sequence(image)}
+    else:
+      images = {"image": image}
     return tfds.features.FeaturesDict(
       {
-        "image": tfds.features.Image(shape=(None, None, 3)),
+        **images,
         "captions": tfds.features.Sequence(tfds.features.Text()),
         "image_id": tfds.features.Text(),
         **extra,
@@ -50,9 +57,14 @@ class Schema:
     Raises:
       intake.Rejected: if it cannot be used.
     """
-    data = entry.place.read()
+    data = entry.place.read(clips=self.num_frames > 0)
+    limits = self.min_side, self.image_size
+    if self.num_frames:
+      images = {"frames": intake.frames(data, self.num_frames, *limits)}
+    else:
+      images = {"image": intake.picture(data, *limits)}
     return {
-      "image": intake.picture(data, self.min_side, self.image_size),
+      **images,
       "captions": entry.captions,
       "image_id": entry.image_id,
       **{k: _stored(entry.extra.get(k), v) for k, v in self.kinds.items()},

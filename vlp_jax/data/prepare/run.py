@@ -22,7 +22,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import naming
 
-from vlp_jax.data import splits
+from vlp_jax.data import builders, splits
 from vlp_jax.data.prepare import report, shards, sources
 from vlp_jax.data.prepare.entries import Entry, Tally
 from vlp_jax.data.prepare.lists import Columns
@@ -35,7 +35,7 @@ VERSION = "1.0.0"
 TABLE = "table.sqlite"  # of the entries, in the scratch folder
 _MOST_SHARDS = 1024  # of a split
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
-_RESERVED = {"image", "captions", "image_id"}
+_RESERVED = {"image", "frames", "captions", "image_id"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Options:
   id_column: str = ""
   keep: str = ""
   image_size: int = 0
+  num_frames: int = 0
   min_side: int = 8
   max_bad: float = 0.01
   num_workers: int = 0
@@ -64,9 +65,11 @@ class Options:
         f"--name={self.name}: a data set's name is made of small letters, "
         "digits and _, and begins with a letter"
       )
-    if self.name == "scenes":
-      raise UserError("--name=scenes is the embedded data; choose another")
-    for flag in ("image_size", "num_workers"):
+    if self.name in builders.EMBEDDED:
+      raise UserError(
+        f"--name={self.name} is the embedded data; choose another"
+      )
+    for flag in ("image_size", "num_frames", "num_workers"):
       if getattr(self, flag) < 0:
         raise UserError(f"--{flag}={getattr(self, flag)} is negative")
     for flag in ("min_side", "records_per_shard"):
@@ -88,7 +91,12 @@ class Options:
     keep = tuple(filter(None, self.keep.split(",")))
     split = "-" if ":" in self.splits else self.splits
     return Columns(
-      self.image_column, self.caption_column, self.id_column, split, keep
+      self.image_column,
+      self.caption_column,
+      self.id_column,
+      split,
+      keep,
+      clips=self.num_frames > 0,
     )
 
   @property
@@ -119,7 +127,7 @@ class Options:
 
   def schema(self, kinds: dict[str, str]) -> Schema:
     """Returns what records are made of, given the kinds of kept fields."""
-    return Schema(self.min_side, self.image_size, kinds)
+    return Schema(self.min_side, self.image_size, self.num_frames, kinds)
 
 
 def prepare(options: Options, write: Write | None = None) -> None:

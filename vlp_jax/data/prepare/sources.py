@@ -39,7 +39,7 @@ class Part:
     with contextlib.ExitStack() as stack:
       spill = stack.enter_context(Spill(scratch))
       if self.path.is_dir():
-        found = folders.scan(self.path, tally)
+        found = folders.scan(self.path, tally, columns.clips)
       elif _is_tar(self.path):
         found = tars.scan(self.path, columns, tally, spill)
       else:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vlp_jax.data import intake, splits
-from vlp_jax.data.prepare import entries, folders
+from vlp_jax.data.prepare import entries
 from vlp_jax.data.prepare.lists import Columns
 from vlp_jax.data.prepare.spill import Spill
 
@@ -40,7 +40,7 @@ def scan(
       off counts as one more.
     spill: keeps pictures of compressed tars.
   """
-  members = _members(path, spill, tally)
+  members = _members(path, columns, spill, tally)
   for key, group in itertools.groupby(members, lambda member: member[0]):
     tally.read += 1
     name = entries.text_id(f"{path.name}/{key}")
@@ -53,12 +53,15 @@ def scan(
 Member = tuple[str, str, Any]  # key, suffix, and Place or bytes or Rejected
 
 
+def _is_plain(path: pathlib.Path) -> bool:
+  return path.suffix.lower() == ".tar"
+
+
 def _members(
-  path: pathlib.Path, spill: Spill, tally: entries.Tally
+  path: pathlib.Path, columns: Columns, spill: Spill, tally: entries.Tally
 ) -> Iterator[Member]:
-  plain = path.suffix.lower() == ".tar"
   try:
-    with tarfile.open(path, "r:" if plain else "r|*") as tar:
+    with tarfile.open(path, "r:" if _is_plain(path) else "r|*") as tar:
       for member in iter(tar.next, None):
         tar.members.clear()  # it would keep them all
         if member.isdir():
@@ -69,7 +72,8 @@ def _members(
           continue
         suffix = (dot + suffix).lower()
         key = posixpath.join(folder, stem)
-        yield key, suffix, _content(path, tar, member, suffix, plain, spill)
+        content = _content(path, tar, member, suffix, columns, spill)
+        yield key, suffix, content
   except (tarfile.TarError, EOFError, OSError, zlib.error) as e:
     if getattr(e, "errno", None) == errno.ENOSPC:
       raise
@@ -82,7 +86,7 @@ def _content(
   tar: tarfile.TarFile,
   member: tarfile.TarInfo,
   suffix: str,
-  plain: bool,
+  columns: Columns,
   spill: Spill,
 ) -> entries.Place | bytes | intake.Rejected:
   """Returns a picture's place, a text, or what is wrong with the member."""
@@ -93,8 +97,8 @@ def _content(
     return intake.Rejected("path leaves the source folder", "a link")
   if not member.isreg():
     return intake.Rejected("unreadable file", "not a regular file")
-  if suffix in folders.SUFFIXES:
-    if plain and not member.issparse():
+  if suffix in (intake.CLIPS if columns.clips else intake.PICTURES):
+    if _is_plain(path) and not member.issparse():
       return entries.Place(str(path), "", member.offset_data, member.size)
     return spill.add(tar.extractfile(member).read())
   if suffix in (".txt", ".json") and member.size <= _MAX_TEXT:
