@@ -2,6 +2,14 @@
 
 import os
 
+# Workers of pytest-xdist keep to their own cores, with the commands that their
+# tests start: thread pools that share cores spend their time on waiting.
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+  _worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+  _count = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+  _cores = sorted(os.sched_getaffinity(0))
+  os.sched_setaffinity(0, _cores[_worker::_count] or _cores)
+
 # A CPU for the commands that tests start, too.
 os.environ["JAX_PLATFORMS"] = "cpu"
 

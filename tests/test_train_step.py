@@ -69,8 +69,7 @@ QUICK = {
   ("sycoca", (2, 2, 2), 8),
   ("sycoca_tokens_random", (1, 8, 1), 2),
   ("albef", (8, 1, 1), 2),
-  ("simla", (2, 2, 2), 1),
-  ("simla", (1, 1, 1), 4),
+  ("simla", (2, 2, 2), 4),
 }
 CASES = [
   pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)

@@ -269,7 +269,7 @@ def test_the_gradient_of_a_match_by_attention():
   method, params = toys.method(name), toys.params(name)
   batch = toys.batch(2)
   text, text_len = _matcher.shorten(batch["text"], batch["text_len"])
-  attention, gradient = method.attention_gradient(
+  attention, gradient = toys.jit(method.attention_gradient)(
     params, batch["image"], text, text_len
   )
   np.testing.assert_allclose(attention.sum(-1), 1, rtol=1e-5)
@@ -277,26 +277,25 @@ def test_the_gradient_of_a_match_by_attention():
   direction = np.zeros(shape, np.float32)
   direction[0] = draw.standard_normal(attention.shape)
 
-  def logits(step):
-    def call(delta):
-      patches = method.apply(params, "see", batch["image"])
-      kv = method.apply(params, "project", patches)
-      tree = {"attention_map": delta}
-      for part in ("cross_attention", "layers", "transformer", "stream"):
-        tree = {part: tree}
-      fused = method.module.apply(
-        {"params": params, "perturbations": tree},
-        text,
-        text_len,
-        kv,
-        np.zeros((2, 1), np.int32),
-        method="fuse",
-      )
-      return method.apply(params, "match_logits", fused)[:, 1].sum()
+  @toys.jit
+  def logits(delta):
+    patches = method.apply(params, "see", batch["image"])
+    kv = method.apply(params, "project", patches)
+    tree = {"attention_map": delta}
+    for part in ("cross_attention", "layers", "transformer", "stream"):
+      tree = {part: tree}
+    fused = method.module.apply(
+      {"params": params, "perturbations": tree},
+      text,
+      text_len,
+      kv,
+      np.zeros((2, 1), np.int32),
+      method="fuse",
+    )
+    return method.apply(params, "match_logits", fused)[:, 1].sum()
 
-    return float(call(step * jnp.asarray(direction)))
-
-  expected = (logits(3e-3) - logits(-3e-3)) / 6e-3
+  step = 3e-3 * jnp.asarray(direction)
+  expected = (float(logits(step)) - float(logits(-step))) / 6e-3
   np.testing.assert_allclose(
     np.sum(gradient * direction[0]), expected, rtol=2e-3
   )

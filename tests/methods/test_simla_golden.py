@@ -372,7 +372,7 @@ def test_the_keyword_loss_with_the_release_s_picks(alpha, expected):
     )
     return mean.total / mean.weight
 
-  value, gradient = jax.value_and_grad(loss)(params())
+  value, gradient = toys.jit(jax.value_and_grad(loss))(params())
   close(value, expected, 1e-6)
   if not alpha:
     close(norm(gradient, "keyword_head"), 0.067743, 1e-6)
