@@ -71,12 +71,6 @@ MATCHING = (
     ("method.patch_weight=0", "method.word_weight=0"),
     (0, 1),
   ),
-  (
-    "SIMLA without hidden patches (MIM)",
-    "configs/simla.py",
-    ("method.patch_weight=0",),
-    (0, 1),
-  ),
 )
 MATCHING_COLUMNS = (
   "eval/retrieval/i2t_r1",
