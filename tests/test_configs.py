@@ -21,6 +21,7 @@ SIZES = {
   "sycoca": ("tiny", "debug", "b16", "b18"),
   "albef": ("tiny", "debug", "b16"),
   "simla": ("tiny", "debug", "b16", "reference"),
+  "scl": ("tiny", "debug", "b16", "reference"),
 }
 CASES = [(name, size) for name, sizes in SIZES.items() for size in sizes]
 
@@ -96,6 +97,9 @@ COUNTS = {
   ("albef", "b16"): 208_919_808 - 1_536 + 1_017_917,
   ("simla", "b16"): 238_264_183,
   ("simla", "reference"): 238_264_183,
+  # With eight temporal positions; 359,870,812 without.
+  ("scl", "b16"): 359_870_812 + 6_144,
+  ("scl", "reference"): 359_870_812 + 6_144,
 }
 
 
@@ -222,6 +226,10 @@ def _other(name, value):
     "visual_tokenizer": ("patches", "pixels"),
     "mlm_axis": ("vocabulary", "sequence"),
     "keyword_feature": ("embedding", "cls"),
+    "negatives": ("random", "hard"),
+    "word_pool": ("words", "padded"),
+    "text_mask": ("exact", "replacement"),
+    "frame_fill": ("zero", "interpolate"),
     "keyword_image": ("teacher", "student"),
     "patch_text": ("teacher", "student"),
     "init": ("bert", "clip"),
@@ -251,6 +259,8 @@ def test_every_option_of_a_method_and_its_model_counts(name):
     text = ("method.queue_size=64",)
   if name == "simla":
     text = (*text, "method.visual_tokenizer=dalle")
+  if name == "scl":
+    text = ()
   usual = base.get(name, config_lib.load(spec, text))
   fields = dict(config_lib.flatten(config_lib.load(spec, text)))
   idle = []
@@ -259,7 +269,7 @@ def test_every_option_of_a_method_and_its_model_counts(name):
     if section.split(".")[0] not in ("model", "method") or last == "name":
       continue
     items = [f"{field}={_other(last, value)}"]
-    if field in ("model.text.width", "model.decoder.width"):
+    if name != "scl" and field in ("model.text.width", "model.decoder.width"):
       # The decoder continues the text tower.
       both = ("text", "decoder") if name != "clip" else ("text",)
       items = [f"model.{tower}.width={2 * value}" for tower in both]

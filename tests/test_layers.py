@@ -45,6 +45,7 @@ COMMANDS = {
   *("data/build.py", "data/prepare/__main__.py", "data/train_tokenizer.py"),
   "data/one_frame.py",
   *("convert/albef.py", "convert/dalle.py", "convert/npz.py"),
+  "convert/scl.py",
 }
 
 

@@ -57,6 +57,7 @@ METHODS = {
   ),
   "albef": ("albef",),
   "simla": ("simla",),
+  "scl": ("scl", "method.patch_weight=0.2", "method.token_weight=0.2"),
 }
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
 CHUNKS = [1, 2, 4, 8]
@@ -70,14 +71,18 @@ QUICK = {
   ("sycoca_tokens_random", (1, 8, 1), 2),
   ("albef", (8, 1, 1), 2),
   ("simla", (2, 2, 2), 4),
+  ("scl", (1, 1, 1), 4),
 }
 CASES = [
   pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
   for case in itertools.product(METHODS, [ONE, *MESHES], CHUNKS)
-  # Groups of four that share negatives are not cut.
+  # Groups of four that share negatives are not cut. To a toy of SCL all
+  # pictures look alike: on several devices what is left of gradients that
+  # cancel is rounding.
   if case[1:] != (ONE, 1)
+  and not (case[0] == "scl" and case[1] != ONE)
   and not (
-    case[0] in ("albef", "simla") and np.prod(case[1][:2]) * case[2] > 16
+    case[0] in ("albef", "simla", "scl") and np.prod(case[1][:2]) * case[2] > 16
   )
 ]
 

@@ -60,6 +60,15 @@ _METHODS = {
     "method.mask_block=1",
   ),
 }
+_METHODS["scl"] = (
+  f"model.text.width={WIDTH}",
+  "model.text.depth=1",
+  f"model.text.max_len={LENGTH}",
+  "model.fusion.width=20",
+  "model.fusion.depth=2",
+  "model.vision.frames=4",
+  "method.match_group=4",
+)
 # Poolers that read [CLS] need one.
 CLS = ("model.pooler.kind=cls", "model.vision.cls_token=true")
 

@@ -199,6 +199,56 @@ def fusion_at_scale(config: ConfigDict) -> None:
   config.schedule.update(warmup_steps=2000, start_factor=0.1, end_factor=0.1)
 
 
+def two_streams_tiny(config: ConfigDict) -> None:
+  """`tiny` for a vision tower, a text tower and two streams."""
+  tiny(config)
+  model = config.model
+  del model.vision.cls_token, model.vision.pre_norm, model.pooler
+  model.vision.update(activation="relu2", frames=16, frame_fill="zero")
+  model.text = ConfigDict(tower(96, 2, 2, max_len=28, dropout=0.0))
+  model.fusion = ConfigDict(tower(96, 2, 2, dropout=0.0))
+  model.init = "clip"
+  model.start = ""  # an .npz file of `vlp_jax.convert.scl`
+  config.batch_size = 32
+  config.optimizer.update(learning_rate=8.5e-4, muon_learning_rate=0.0045)
+  config.optimizer.multipliers = '{"temperature": 0.3}'
+  config.evals = scenes_evals(captions=False, matching=True)
+
+
+def two_streams_at_scale(config: ConfigDict) -> None:
+  """The recipe of SCL's release, CLIP ViT-B/16 and RoBERTa-base."""
+  at_scale(config, image_size=288, patch_size=16)
+  config.data.update(
+    mix=json.dumps(
+      dict(coco_captions=0.57, visual_genome=5.4, cc3m=2.95, sbu=0.86)
+    ),
+    crop_scale=(0.8, 1.0),
+    flip=0.5,
+    eval_resize="stretch",
+  )
+  config.batch_size = 4096
+  config.total_epochs = 0.0
+  config.total_steps = 100_000
+  config.tokenizer.update(path="tokenizer.json", vocab_size=50_265, max_len=50)
+  config.method.mask_id = 50_264
+  model = config.model
+  del model.vision.cls_token, model.vision.pre_norm, model.pooler
+  # CLIP's last layer of twelve is left out.
+  model.vision.update(
+    depth=11, activation="quick_gelu", frames=8, frame_fill="zero"
+  )
+  model.text = ConfigDict(tower(768, 12, 12, max_len=512, dropout=0.1))
+  model.fusion = ConfigDict(tower(768, 6, 12, dropout=0.1))
+  model.init = "bert"
+  model.start = ""
+  config.optimizer.update(
+    learning_rate=2e-5, weight_decay=0.01, b2=0.98, eps=1e-8, grad_clip=0.0
+  )
+  names = ("image_in", "text_in", "fusion", "words", "vocabulary", "matching")
+  config.optimizer.multipliers = json.dumps(dict.fromkeys(names, 5))
+  config.schedule.update(name="linear", warmup_steps=10_000)
+
+
 def at_scale(config: ConfigDict, *, image_size: int, patch_size: int) -> None:
   """What the papers' sizes share: CC12M, 20 epochs at 2,048, AdamW.
 

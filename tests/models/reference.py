@@ -7,14 +7,15 @@ import numpy as np
 _erf = np.vectorize(math.erf)
 ACTIVATIONS = {
   "gelu": lambda x: x * (1 + _erf(x / 2**0.5)) / 2,
+  "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
   "relu2": lambda x: np.maximum(x, 0) ** 2,
 }
 
 
-def layer_norm(p, x):
-  """Layer norm with epsilon 1e-5."""
+def layer_norm(p, x, epsilon=1e-5):
+  """Layer norm."""
   x = x - x.mean(-1, keepdims=True)
-  x = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+  x = x / np.sqrt((x * x).mean(-1, keepdims=True) + epsilon)
   return x * p["scale"] + p["bias"]
 
 
@@ -55,6 +56,26 @@ def block(p, x, mask, context, context_mask, activation, cross_mlp):
   return x + mlp(p["mlp"], layer_norm(p["mlp_norm"], x), activation)
 
 
+def post_norm_block(p, x, mask, context, context_mask, epsilon):
+  """BERT's block with GELU on one sequence `[T, D]`; a context or None."""
+
+  def add(norm, branch):
+    return layer_norm(p[norm], x + branch, epsilon)
+
+  own = p["self_attention"]
+  qkv = linear(own["qkv"], x)
+  heads, _ = attention(qkv[:, 0], qkv[:, 1], qkv[:, 2], mask)
+  x = add("self_norm", linear(own["out"]["proj"], heads, 2))
+  if context is not None:
+    cross = p["cross_attention"]
+    kv = linear(cross["kv"], context)
+    heads, _ = attention(
+      linear(cross["q"], x), kv[:, 0], kv[:, 1], context_mask
+    )
+    x = add("cross_norm", linear(cross["out"]["proj"], heads, 2))
+  return add("mlp_norm", mlp(p["mlp"], x, "gelu"))
+
+
 def transformer(
   p,
   x,
@@ -68,14 +89,15 @@ def transformer(
   """A stack whose layers lie along each leaf's first axis."""
   layers = p["layers"]
   for i in range(len(layers["self_norm"]["scale"])):
-    layer = _pick(layers, i)
+    layer = pick(layers, i)
     x = block(layer, x, mask, context, context_mask, activation, cross_mlp)
   return x
 
 
-def _pick(tree, i):
+def pick(tree, i):
+  """One layer of a stack's parameters."""
   if isinstance(tree, dict):
-    return {name: _pick(leaf, i) for name, leaf in tree.items()}
+    return {name: pick(leaf, i) for name, leaf in tree.items()}
   return np.asarray(tree[i], np.float64)
 
 

@@ -75,3 +75,22 @@ def test_pixels():
     heads.PixelHead(4).apply({"params": params}, x.astype(jnp.bfloat16)).dtype
     == np.float32
   )
+
+
+def test_deep_projection():
+  x = _x(2, 3, D)
+  params, out = _run(heads.DeepProjection(5), x)
+  hidden = reference.layer_norm(
+    params["norm"], reference.linear(params["hidden"], x)
+  )
+  hidden = reference.ACTIVATIONS["gelu"](hidden)
+  expected = reference.linear(params["projection"], hidden)
+  np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+  assert out.dtype == np.float32
+
+
+def test_vocabulary_starts_at_a_given_deviation():
+  for std, expected in ((None, 64**-0.5), (0.02, 0.02)):
+    head = heads.VocabularyHead(50, 64, std=std)
+    params = head.init(jax.random.key(0), _x(1, 64))["params"]
+    np.testing.assert_allclose(params["kernel"].std(), expected, rtol=0.1)

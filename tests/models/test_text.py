@@ -1,4 +1,4 @@
-"""The text tower against NumPy; padding counts for nothing."""
+"""The text towers against NumPy; padding counts for nothing."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 
 from tests import toys
 from tests.models import reference
-from vlp_jax.models.text import TextTower
+from vlp_jax.models.text import BidirectionalText, TextTower
 from vlp_jax.models.transformer import Transformer
 
 D, LENGTH = 8, 7
@@ -110,3 +110,42 @@ def test_the_eot_vector_is_that_of_the_last_token():
   # A row that is padding of the batch has length 0, and must not be NaN.
   pooled, _ = apply({"params": params}, _text(), 0 * LENGTHS)
   np.testing.assert_array_equal(pooled, tokens[:, 0])
+
+
+@functools.cache
+def _bidirectional():
+  stack = Transformer(D, 2, 2, mlp_ratio=2.0, post_norm=True)
+  tower = BidirectionalText(11, LENGTH, stack)
+  init = functools.partial(tower.init, jax.random.key(0))
+  params = toys.random_like(jax.eval_shape(init, _text(), LENGTHS)["params"])
+  run = toys.jit(lambda *args: tower.apply({"params": params}, *args))
+  return params, run
+
+
+def test_bidirectional_numpy():
+  """Real tokens have positions 2, 3, ..., pads have position 1."""
+  params, run = _bidirectional()
+  assert params["pos"].shape == (2 + LENGTH, D)
+  out = run(_text(), LENGTHS)
+  for i, length in enumerate(LENGTHS):
+    places = np.ones(LENGTH, int)
+    places[:length] = 2 + np.arange(length)
+    x = params["embedding"]["embedding"][_text()[i]] + params["pos"][places]
+    x = reference.layer_norm(params["norm"], x + params["type"])
+    mask = (np.arange(LENGTH) < length)[None]
+    for layer in range(2):
+      p = reference.pick(params["transformer"]["layers"], layer)
+      x = reference.post_norm_block(p, x, mask, None, None, 1e-5)
+    # Pads as well: that is how their position is seen.
+    np.testing.assert_allclose(out[i], x, rtol=1e-4, atol=1e-5)
+
+
+def test_bidirectional_padding_is_truncation():
+  _, run = _bidirectional()
+  out = run(_text(), LENGTHS)
+  for i, length in enumerate(LENGTHS):
+    short = run(_text()[i : i + 1, :length], LENGTHS[i : i + 1])
+    np.testing.assert_allclose(short[0], out[i, :length], rtol=1e-5, atol=1e-5)
+  other = np.where(np.arange(LENGTH) < LENGTHS[:, None], _text(), 3)
+  real = np.arange(LENGTH) < LENGTHS[:, None]
+  np.testing.assert_array_equal(run(other, LENGTHS)[real], out[real])

@@ -10,7 +10,7 @@ import pytest
 
 from tests import toys
 from tests.models import reference
-from vlp_jax.models.transformer import Transformer, gelu
+from vlp_jax.models.transformer import Transformer, gelu, quick_gelu
 from vlp_jax.ops import masks
 
 B, T, S, D, DEPTH = 2, 5, 4, 8, 2
@@ -205,3 +205,12 @@ def test_gelu():
   np.testing.assert_allclose(
     gelu(half).astype(np.float32), exact, rtol=2**-8, atol=1e-6
   )
+
+
+def test_quick_gelu():
+  x = np.linspace(-8, 8, 161)
+  expected = x / (1 + np.exp(-1.702 * x))
+  got = quick_gelu(x.astype(np.float32))
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+  assert 0.01 < np.abs(got - gelu(x.astype(np.float32))).max() < 0.03
+  assert quick_gelu(jnp.zeros(1, jnp.bfloat16)).dtype == jnp.bfloat16

@@ -8,7 +8,6 @@ import pytest
 
 from tests import toys
 from tests.models import reference
-from vlp_jax.errors import UserError
 from vlp_jax.models.transformer import Transformer
 from vlp_jax.models.vision import HMLPStem, VisionTower
 from vlp_jax.ops import patches as patches_lib
@@ -88,12 +87,6 @@ def test_sincos_is_where_learned_positions_start():
   init = toys.jit(functools.partial(tower.init, method="embed"))
   params = init(jax.random.key(0), _image())["params"]
   np.testing.assert_array_equal(params["pos"], patches_lib.sincos(GRID, D))
-
-
-def test_clips_are_refused():
-  clips = np.stack([_image(), _image()], axis=1)
-  with pytest.raises(UserError, match=r"leave config\.data\.num_frames at 0"):
-    _tower()[1](clips)
 
 
 def test_patches_may_come_in_any_order_and_number():

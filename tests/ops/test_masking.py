@@ -66,3 +66,12 @@ def test_take_and_scatter_mask():
   )
   nothing = masking.scatter_mask(index[:, :0], 4)
   np.testing.assert_array_equal(nothing, np.zeros((2, 4), bool))
+
+
+def test_take_takes_the_same_places_of_all_frames():
+  frames = np.arange(2 * 5 * 4 * 3).reshape(2, 5, 4, 3)
+  index = np.array([[2, 0], [3, 1]])
+  taken = masking.take(jnp.array(frames), index)
+  assert taken.shape == (2, 5, 2, 3)
+  for i, f in np.ndindex(2, 5):
+    np.testing.assert_array_equal(taken[i, f], frames[i, f, index[i]])

@@ -127,3 +127,19 @@ def test_positions_of_the_same_grid_are_untouched():
   )
   assert moved.shape == (6, 2)
   assert np.abs(moved - np.arange(12).reshape(6, 2)).max() > 0.5
+
+
+def test_frames_are_resized():
+  rows = np.array([[1.0, -1], [3, 5], [4, 0]], np.float32)
+  cases = {
+    (2, "zero"): rows[:2],
+    (2, "interpolate"): rows[:2],
+    (3, "interpolate"): rows,
+    (5, "zero"): np.concatenate([rows, np.zeros((2, 2))]),
+    (5, "interpolate"): [[1, -1], [2, 2], [3, 5], [3.5, 2.5], [4, 0]],
+  }
+  for (count, fill), expected in cases.items():
+    got = patches.resize_frames(rows, count, fill)
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+  one = patches.resize_frames(rows[:1], 3, "interpolate")
+  np.testing.assert_allclose(one, [[1, -1]] * 3)

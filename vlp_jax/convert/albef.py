@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from vlp_jax import command
 from vlp_jax import config as config_lib
-from vlp_jax.convert import npz
+from vlp_jax.convert import npz, state_dict
 from vlp_jax.errors import UserError
 from vlp_jax.ops import patches as patches_lib
 
@@ -96,64 +96,13 @@ def main(argv: Sequence[str]) -> None:
   output = pathlib.Path(flags["output"]).expanduser()
   npz.check_name(output)
   if flags["released"]:
-    params = from_albef(read(flags["released"]), config)
+    params = from_albef(state_dict.read(flags["released"]), config)
   else:
-    states = {k: read(flags[k]) for k in ("deit", "bert") if flags[k]}
+    states = {
+      k: state_dict.read(flags[k]) for k in ("deit", "bert") if flags[k]
+    }
     params = towers(config, **states)
   print(f"{npz.write(output, params):,} parameters, in {output}")
-
-
-def read(path: str) -> dict[str, np.ndarray]:
-  """Reads a state dict of arrays.
-
-  Names of norms are PyTorch's, as they are not in BERT's first files.
-
-  Raises:
-    UserError: if the file is missing, or of no kind that can be read here.
-  """
-  file = pathlib.Path(path).expanduser()
-  if not file.is_file():
-    raise UserError(f"{path}: no such file")
-  try:
-    state = _READERS.get(file.suffix, _read_torch)(file)
-  except ImportError as error:
-    raise UserError(
-      f"{path} needs {error.name}: pip install {error.name}"
-    ) from None
-  except Exception as error:  # readers raise all sorts on damaged files
-    raise UserError(f"{path} cannot be read ({error})") from error
-  old = {
-    "LayerNorm.gamma": "LayerNorm.weight",
-    "LayerNorm.beta": "LayerNorm.bias",
-  }
-  for ending, new in old.items():
-    state = {
-      name.removesuffix(ending) + new if name.endswith(ending) else name: array
-      for name, array in state.items()
-    }
-  return state
-
-
-def _read_npz(file: pathlib.Path) -> dict[str, np.ndarray]:
-  with np.load(file) as arrays:
-    return {name: arrays[name] for name in arrays}
-
-
-def _read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
-  import safetensors.numpy
-
-  return safetensors.numpy.load_file(file)
-
-
-def _read_torch(file: pathlib.Path) -> dict[str, np.ndarray]:
-  import torch
-
-  state = torch.load(file, map_location="cpu", weights_only=True)
-  state = state.get("model", state)  # as DeiT's and ALBEF's files have it
-  return {k: v.float().numpy() for k, v in state.items()}
-
-
-_READERS = {".npz": _read_npz, ".safetensors": _read_safetensors}
 
 
 def _getter(state: State, what: str) -> _Get:

@@ -10,81 +10,35 @@ arrays comes from PyTorch by
 or from `safetensors.numpy.load_file`. Weights that open_clip trained belong
 to its own token ids and pictures, and to `model.text.legacy_cls_mask=True`.
 
-The whole mapping is one table (`_rules`): each of open_clip's tensors, and
-the parts of it, along its first axis, that are parameters here. Parameters
-of a stack's layers are one array here, and a tensor each there.
+The whole mapping is one table (`_rules`).
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
-from flax import traverse_util
 from ml_collections import ConfigDict
 
+from vlp_jax.convert import table
+from vlp_jax.convert.table import (
+  Rule,
+  Rules,
+  attention,
+  linear,
+  mlp,
+  norm,
+  packed,
+  part,
+  resblock,
+  same,
+  under,
+)
 from vlp_jax.errors import UserError
 
 KINDS = ("cls", "openclip")
-
-
-class _Part(NamedTuple):
-  """A parameter, as a part of one of open_clip's tensors.
-
-  Attributes:
-    path: of the parameter, joined by "/".
-    ours: its shape, without the axis of layers.
-    theirs: the part's shape.
-    axes: the part, transposed by these, is the parameter reshaped.
-  """
-
-  path: str
-  ours: tuple[int, ...]
-  theirs: tuple[int, ...]
-  axes: tuple[int, ...]
-
-  def load(self, part: np.ndarray) -> np.ndarray:
-    return part.transpose(self.axes).reshape(self.ours)
-
-  def store(self, array: np.ndarray) -> np.ndarray:
-    shape = [self.theirs[axis] for axis in self.axes]
-    return array.reshape(shape).transpose(np.argsort(self.axes))
-
-
-class _Rule(NamedTuple):
-  """One of open_clip's tensors.
-
-  Attributes:
-    name: its name; "{}" stands for the number of the layer.
-    parts: what it consists of.
-    depth: number of layers that have one; 0 if it is no part of a stack.
-  """
-
-  name: str
-  parts: tuple[_Part, ...]
-  depth: int = 0
-
-  @property
-  def names(self) -> list[str]:
-    if not self.depth:
-      return [self.name]
-    return [self.name.format(layer) for layer in range(self.depth)]
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    first = self.parts[0].theirs
-    if len(self.parts) == 1:
-      return first
-    return (sum(part.theirs[0] for part in self.parts), *first[1:])
-
-  def cut(self, tensor: np.ndarray) -> list[np.ndarray]:
-    if len(self.parts) == 1:
-      return [tensor]
-    ends = np.cumsum([part.theirs[0] for part in self.parts])
-    return np.split(tensor, ends[:-1])
 
 
 def from_open_clip(
@@ -104,16 +58,7 @@ def from_open_clip(
     UserError: if the config is of another architecture; if tensors are
       missing, left over, or of another shape than the config says.
   """
-  rules = _rules(config)
-  expected = {name: rule.shape for rule in rules for name in rule.names}
-  _check("the state dict", expected, state_dict)
-  params = {}
-  for rule in rules:
-    layers = [rule.cut(np.array(state_dict[n], np.float32)) for n in rule.names]
-    for i, part in enumerate(rule.parts):
-      loaded = [part.load(layer[i]) for layer in layers]
-      params[part.path] = np.stack(loaded) if rule.depth else loaded[0]
-  return traverse_util.unflatten_dict(params, sep="/")
+  return table.load(_rules(config), state_dict)
 
 
 def to_open_clip(
@@ -132,52 +77,13 @@ def to_open_clip(
   Raises:
     UserError: as `from_open_clip` does.
   """
-  arrays = traverse_util.flatten_dict(dict(params), sep="/")
-  rules = _rules(config)
-  expected = {
-    part.path: (rule.depth, *part.ours) if rule.depth else part.ours
-    for rule in rules
-    for part in rule.parts
-  }
-  _check("the parameters", expected, arrays)
-  state_dict = {}
-  for rule in rules:
-    for layer, name in enumerate(rule.names):
-      parts = []
-      for part in rule.parts:
-        array = np.asarray(arrays[part.path], np.float32)
-        parts.append(part.store(array[layer] if rule.depth else array))
-      whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
-      state_dict[name] = np.array(whole, order="C")
-  return state_dict
-
-
-def _check(
-  what: str, expected: Mapping[str, tuple], arrays: Mapping[str, Any]
-) -> None:
-  """Raises a `UserError` unless names and shapes are the expected ones."""
-  problems = []
-  if missing := sorted(expected.keys() - arrays.keys()):
-    problems.append(f"missing: {', '.join(missing)}")
-  if left := sorted(arrays.keys() - expected.keys()):
-    problems.append(f"left over: {', '.join(left)}")
-  wrong = [
-    f"{name} {np.shape(arrays[name])} instead of {shape}"
-    for name, shape in expected.items()
-    if name in arrays and np.shape(arrays[name]) != shape
-  ]
-  if wrong:
-    problems.append(f"of another shape: {', '.join(wrong)}")
-  if problems:
-    raise UserError(f"{what} and the config do not fit; {'; '.join(problems)}")
+  return table.store(_rules(config), params)
 
 
 # --- The table --------------------------------------------------------------
 
-_Rules = list[_Rule]
 
-
-def _rules(config: ConfigDict) -> _Rules:
+def _rules(config: ConfigDict) -> Rules:
   """Lists open_clip's tensors for a config.
 
   Raises:
@@ -192,37 +98,35 @@ def _rules(config: ConfigDict) -> _Rules:
   patches = (config.data.image_size // size) ** 2
   v, t, joint = vision.width, text.width, model.embed_dim
   out = pooler.width if pooler.kind == "openclip" else v
-  # OIHW there, HWIO here.
-  kernel = _Part("kernel", (size, size, 3, v), (v, 3, size, size), (2, 3, 1, 0))
   rules = [
-    _same("logit_scale", "temperature/logit_scale", ()),
-    *_under("visual.conv1", "vision/patch", [_Rule("weight", (kernel,))]),
-    _same("visual.class_embedding", "vision/cls", (v,)),
-    _Rule(
-      "visual.positional_embedding",
+    same("logit_scale", "temperature/logit_scale", ()),
+    *under("visual.conv1", "vision/patch", [table.patches(size, v)]),
+    same("visual.class_embedding", "vision/cls", (v,)),
+    Rule(
+      ("visual.positional_embedding",),
       (
-        _part("vision/cls_pos", (v,), (1, v)),
-        _part("vision/pos", (patches, v)),
+        part("vision/cls_pos", (v,), (1, v)),
+        part("vision/pos", (patches, v)),
       ),
     ),
-    *_under("visual.ln_pre", "vision/norm", _norm(v)),
-    *_stack("visual.transformer.resblocks", "vision", vision, _block(vision)),
-    *_under("visual.ln_post", "image_pool/norm", _norm(out)),
-    _same("visual.proj", "image_pool/projection/kernel", (out, joint)),
-    _same(
+    *under("visual.ln_pre", "vision/norm", norm(v)),
+    *_stack("visual.transformer.resblocks", "vision", vision, resblock(vision)),
+    *under("visual.ln_post", "image_pool/norm", norm(out)),
+    same("visual.proj", "image_pool/projection/kernel", (out, joint)),
+    same(
       "text.token_embedding.weight", "text/embedding/embedding", (vocabulary, t)
     ),
-    _same("text.cls_emb", "text/cls", (t,)),
-    _Rule(  # here [CLS] comes last
-      "text.positional_embedding",
+    same("text.cls_emb", "text/cls", (t,)),
+    Rule(  # here [CLS] comes last
+      ("text.positional_embedding",),
       (
-        _part("text/pos", (text.max_len, t)),
-        _part("text/cls_pos", (t,), (1, t)),
+        part("text/pos", (text.max_len, t)),
+        part("text/cls_pos", (t,), (1, t)),
       ),
     ),
-    *_stack("text.transformer.resblocks", "text", text, _block(text)),
-    *_under("text.ln_final", "text_projection/norm", _norm(t)),
-    _same(
+    *_stack("text.transformer.resblocks", "text", text, resblock(text)),
+    *under("text.ln_final", "text_projection/norm", norm(t)),
+    same(
       "text.text_projection", "text_projection/projection/kernel", (t, joint)
     ),
     # Two of open_clip's blocks are one here.
@@ -230,18 +134,22 @@ def _rules(config: ConfigDict) -> _Rules:
       "text_decoder.resblocks",
       "decoder",
       decoder,
-      _block(decoder, "self_mlp_norm", "self_mlp"),
+      resblock(decoder, "self_mlp_norm", "self_mlp"),
     ),
     *_stack(
       "text_decoder.cross_attn", "decoder", decoder, _cross_block(decoder)
     ),
-    *_under("text_decoder.ln_final", "decoder/norm", _norm(t)),
-    _same("text_decoder.text_projection", "vocabulary/kernel", (t, vocabulary)),
+    *under("text_decoder.ln_final", "decoder/norm", norm(t)),
+    same("text_decoder.text_projection", "vocabulary/kernel", (t, vocabulary)),
   ]
   if pooler.kind == "openclip":
     pool = _pool(v, pooler)
-    rules += _under("visual.attn_pool", "image_pool/generative", pool)
+    rules += under("visual.attn_pool", "image_pool/generative", pool)
   return rules
+
+
+def _stack(theirs: str, ours: str, tower: ConfigDict, block: Rules) -> Rules:
+  return table.stack(theirs, f"{ours}/transformer", tower.depth, block)
 
 
 def _check_architecture(config: ConfigDict) -> None:
@@ -278,121 +186,42 @@ def _check_architecture(config: ConfigDict) -> None:
     raise UserError(f"open_clip's CoCa needs equal widths, not {text}")
 
 
-def _under(theirs: str, ours: str, rules: Iterable[_Rule]) -> _Rules:
-  """Puts rules of a module under the names that it has as a part."""
-  return [
-    rule._replace(
-      name=f"{theirs}.{rule.name}",
-      parts=tuple(
-        part._replace(path=f"{ours}/{part.path}") for part in rule.parts
-      ),
-    )
-    for rule in rules
-  ]
-
-
-def _stack(theirs: str, ours: str, tower: ConfigDict, block: _Rules) -> _Rules:
-  rules = _under(theirs + ".{}", f"{ours}/transformer/layers", block)
-  return [rule._replace(depth=tower.depth) for rule in rules]
-
-
-def _part(path, ours: tuple[int, ...], theirs=None) -> _Part:
-  """A part that is not transposed; `theirs` defaults to `ours`."""
-  theirs = ours if theirs is None else theirs
-  return _Part(path, ours, theirs, tuple(range(len(theirs))))
-
-
-def _same(theirs: str, ours: str, shape: tuple[int, ...]) -> _Rule:
-  return _Rule(theirs, (_part(ours, shape),))
-
-
-def _norm(width: int) -> _Rules:
-  return [_same("weight", "scale", (width,)), _same("bias", "bias", (width,))]
-
-
-def _linear(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> _Rules:
-  """PyTorch's `Linear`, and a `DenseGeneral` over these axes."""
-  shape = (math.prod(outputs), math.prod(inputs))
-  return [
-    _Rule("weight", (_Part("kernel", inputs + outputs, shape, (1, 0)),)),
-    _Rule("bias", (_part("bias", outputs, shape[:1]),)),
-  ]
-
-
-def _packed(width: int, heads: int, **counts: int) -> tuple[_Rule, _Rule]:
-  """PyTorch's one matrix for query, key and value: `in_proj_*`.
-
-  Args:
-    width: channels.
-    heads: number of heads.
-    **counts: the modules that they are made by here, in this order, and how
-      many of the three each makes.
-  """
-  head = (heads, width // heads)
-  parts = []
-  for name, count in counts.items():
-    outputs = head if count == 1 else (count, *head)
-    linear = _under("", name, _linear((width,), outputs))
-    parts.append([rule.parts[0] for rule in linear])
-  weights, biases = zip(*parts, strict=True)
-  return _Rule("in_proj_weight", weights), _Rule("in_proj_bias", biases)
-
-
-def _attention(width: int, heads: int, **counts: int) -> _Rules:
-  head = (heads, width // heads)
-  out = _under("out_proj", "out/proj", _linear(head, (width,)))
-  return [*_packed(width, heads, **counts), *out]
-
-
-def _mlp(tower: ConfigDict) -> _Rules:
-  width, hidden = tower.width, int(tower.width * tower.mlp_ratio)
-  return [
-    *_under("c_fc", "up", _linear((width,), (hidden,))),
-    *_under("c_proj", "down", _linear((hidden,), (width,))),
-  ]
-
-
-def _block(tower: ConfigDict, norm: str = "mlp_norm", mlp: str = "mlp"):
-  """open_clip's `ResidualAttentionBlock` as self-attention."""
-  attention = _attention(tower.width, tower.num_heads, qkv=3)
-  return [
-    *_under("ln_1", "self_norm", _norm(tower.width)),
-    *_under("attn", "self_attention", attention),
-    *_under("ln_2", norm, _norm(tower.width)),
-    *_under("mlp", mlp, _mlp(tower)),
-  ]
-
-
-def _cross_block(tower: ConfigDict) -> _Rules:
+def _cross_block(tower: ConfigDict) -> Rules:
   """open_clip's `ResidualAttentionBlock` as cross-attention."""
-  attention = _attention(tower.width, tower.num_heads, q=1, kv=2)
+  cross = attention(tower.width, tower.num_heads, q=1, kv=2)
   return [
-    *_under("ln_1", "cross_norm", _norm(tower.width)),
-    *_under("ln_1_kv", "context_norm", _norm(tower.width)),
-    *_under("attn", "cross_attention", attention),
-    *_under("ln_2", "mlp_norm", _norm(tower.width)),
-    *_under("mlp", "mlp", _mlp(tower)),
+    *under("ln_1", "cross_norm", norm(tower.width)),
+    *under("ln_1_kv", "context_norm", norm(tower.width)),
+    *under("attn", "cross_attention", cross),
+    *under("ln_2", "mlp_norm", norm(tower.width)),
+    *under("mlp", "mlp", mlp(tower, "c_fc", "c_proj")),
   ]
 
 
-def _pool(tokens: int, pooler: ConfigDict) -> _Rules:
+def _pool(tokens: int, pooler: ConfigDict) -> Rules:
   """open_clip's `AttentionalPooler`; `tokens`: channels that it reads."""
   width, heads = pooler.width, pooler.num_heads
   head = (heads, width // heads)
-  weight, bias = _packed(width, heads, q=1, k=1, v=1)
+  weight, bias = packed(width, heads, q=1, k=1, v=1)
   # PyTorch packs the three matrices only where their sizes are equal.
   weights = [weight]
   if tokens != width:
     weights = [
-      *_under("q_proj_weight", "q", _linear((width,), head)[:1]),
-      *_under("k_proj_weight", "k", _linear((tokens,), head)[:1]),
-      *_under("v_proj_weight", "v", _linear((tokens,), head)[:1]),
+      *under("q_proj_weight", "q", linear((width,), head)[:1]),
+      *under("k_proj_weight", "k", linear((tokens,), head)[:1]),
+      *under("v_proj_weight", "v", linear((tokens,), head)[:1]),
     ]
-    weights = [r._replace(name=r.name.removesuffix(".weight")) for r in weights]
+    weights = [
+      rule._replace(tensors=(rule.tensors[0].removesuffix(".weight"),))
+      for rule in weights
+    ]
   return [
-    _same("query", "query", (pooler.num_queries, width)),
-    *_under("ln_q", "query_norm", _norm(width)),
-    *_under("ln_k", "token_norm", _norm(tokens)),
-    *(rule._replace(name=f"attn.{rule.name}") for rule in (*weights, bias)),
-    *_under("attn.out_proj", "out", _linear(head, (width,))),
+    same("query", "query", (pooler.num_queries, width)),
+    *under("ln_q", "query_norm", norm(width)),
+    *under("ln_k", "token_norm", norm(tokens)),
+    *(
+      rule._replace(tensors=(f"attn.{rule.tensors[0]}",))
+      for rule in (*weights, bias)
+    ),
+    *under("attn.out_proj", "out", linear(head, (width,))),
   ]

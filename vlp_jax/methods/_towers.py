@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from vlp_jax.errors import UserError
+from vlp_jax.models.co_attention import CoAttention
 from vlp_jax.models.heads import (
+  DeepProjection,
   LogitScale,
   Projection,
   Temperature,
@@ -17,13 +19,18 @@ from vlp_jax.models.heads import (
 from vlp_jax.models.initializers import SCHEMES
 from vlp_jax.models.poolers import KINDS, ImagePool
 from vlp_jax.models.stream import SingleStream, Stream
-from vlp_jax.models.text import POOLS, TextTower
+from vlp_jax.models.text import POOLS, BidirectionalText, TextTower
 from vlp_jax.models.transformer import (
   ACTIVATIONS,
   REMAT_POLICIES,
   Transformer,
 )
-from vlp_jax.models.vision import POSITIONS, STEMS, VisionTower
+from vlp_jax.models.vision import (
+  FRAME_FILLS,
+  POSITIONS,
+  STEMS,
+  VisionTower,
+)
 from vlp_jax.models.visual_tokenizers import (
   DalleCodes,
   PatchCodes,
@@ -64,11 +71,10 @@ def transformer(config, tower, **fields) -> Transformer:
     depth=tower.depth,
     num_heads=tower.num_heads,
     mlp_ratio=tower.mlp_ratio,
-    activation=config.model.activation,
     scan=config.model.scan,
     remat=config.model.remat,
     dtype=dtype(config),
-    **fields,
+    **dict(activation=config.model.activation) | fields,
   )
 
 
@@ -223,8 +229,64 @@ def fusion(config, *, mask_token: bool = False) -> dict:
   )
 
 
-def fusion_options(config) -> dict:
-  """Returns the fields of `FusionMethod`, checked, from `config.method`."""
+def two_streams(config, *, mask_token: bool = False) -> dict:
+  """Returns the fields of `SCLEncoder` as a dict.
+
+  A vision transformer as CLIP's, RoBERTa, and METER's co-attention; the
+  epsilons of their norms are those of the published weights.
+
+  Args:
+    config: the run's config.
+    mask_token: whether patches can be hidden.
+  """
+  model, kind = config.model, dtype(config)
+  vision, text, fusion = model.vision, model.text, model.fusion
+  check("model.vision.positions", vision.positions, POSITIONS)
+  check("model.vision.stem", vision.stem, STEMS)
+  check("model.vision.activation", vision.activation, tuple(ACTIVATIONS))
+  check("model.vision.frame_fill", vision.frame_fill, FRAME_FILLS)
+  check("model.init", model.init, SCHEMES)
+  side = config.data.image_size // vision.patch_size
+  vocab_size = config.tokenizer.vocab_size
+
+  def stack(tower, **fields):
+    return transformer(
+      config,
+      tower,
+      post_norm=True,
+      dropout=tower.dropout,
+      scheme=model.init,
+      **fields,
+    )
+
+  return dict(
+    vision=VisionTower(
+      patch_size=vision.patch_size,
+      grid=(side, side),
+      transformer=transformer(config, vision, activation=vision.activation),
+      cls_token=True,
+      stem=vision.stem,
+      positions=vision.positions,
+      pre_norm=True,
+      mask_token=mask_token,
+      frames=vision.frames,
+      frame_fill=vision.frame_fill,
+      dtype=kind,
+    ),
+    text=BidirectionalText(
+      vocab_size, text.max_len, stack(text), text.dropout, kind
+    ),
+    fusion=CoAttention(stack(fusion, cross=True, epsilon=1e-12), kind),
+    image_projection=DeepProjection(model.embed_dim),
+    text_projection=DeepProjection(model.embed_dim),
+    words=WordHead(vocab_size, dtype=kind),
+    vocabulary=VocabularyHead(vocab_size, fusion.width, kind, std=0.02),
+    temperature=Temperature(),
+  )
+
+
+def matching_options(config) -> dict:
+  """Returns the fields of a method with matching, from `config.method`."""
   options = {k: v for k, v in config.method.items() if k != "name"}
   if not options["match_group"]:
     if config.accumulate > 1:
@@ -241,15 +303,21 @@ def fusion_options(config) -> dict:
       f"{options['match_group']}: matching needs a second pair for its "
       "negatives"
     )
-  if 0 < options["queue_size"] < config.batch_size:
-    raise UserError(
-      f"config.method.queue_size={options['queue_size']} is smaller than "
-      f"config.batch_size={config.batch_size}; give at least as many, or 0"
-    )
   if not 0 <= options["mask_id"] < config.tokenizer.vocab_size:
     raise UserError(
       f"config.method.mask_id={options['mask_id']} is no id of a vocabulary of "
       f"config.tokenizer.vocab_size={config.tokenizer.vocab_size}"
+    )
+  return options
+
+
+def fusion_options(config) -> dict:
+  """Returns the fields of `FusionMethod`, checked, from `config.method`."""
+  options = matching_options(config)
+  if 0 < options["queue_size"] < config.batch_size:
+    raise UserError(
+      f"config.method.queue_size={options['queue_size']} is smaller than "
+      f"config.batch_size={config.batch_size}; give at least as many, or 0"
     )
   stream = config.model.stream
   if not 0 <= stream.text_depth < stream.depth:

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from vlp_jax.models.dense import DenseGeneral
 from vlp_jax.models.initializers import BlockInit
-from vlp_jax.ops.attention import attend
+from vlp_jax.ops.attention import attend, attend_in_frames
 
 KeysValues = tuple[jax.Array, jax.Array]
 
@@ -39,16 +39,17 @@ class SelfAttention(nn.Module):
     """Attends.
 
     Args:
-      x: `[B, T, D]`.
+      x: `[B, T, D]`, or frames `[B, F, T, D]`, which take neither mask nor
+        cache; see `attend_in_frames`.
       mask: bool `[B or 1, T, T]`, True = attend.
       cache: when decoding, keys and values so far, each `[B, L, N, H]`; T is
         then 1, and `mask` is not used.
       position: int32 scalar, the place of the one token of `x` in the cache.
 
     Returns:
-      `[B, T, D]`, and the cache with this token's keys and values in it. The
-      probabilities `[B, N, T, T]` go to the collection `self_attention`, where
-      that is mutable.
+      What `x` is, and the cache with this token's keys and values in it. The
+      probabilities `[B, N, T, T]` (of frames: both kinds) go to the collection
+      `self_attention`, where that is mutable.
     """
     width = x.shape[-1]
     qkv = DenseGeneral(
@@ -57,14 +58,18 @@ class SelfAttention(nn.Module):
       dtype=self.dtype,
       name="qkv",
     )(x)
-    q, k, v = (qkv[:, :, i] for i in range(3))
+    q, k, v = (qkv[..., i, :, :] for i in range(3))
     if cache is not None:
       k, v = cache = tuple(
         jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=1)
         for old, new in zip(cache, (k, v), strict=True)
       )
       mask = (jnp.arange(k.shape[1]) <= position)[None, None]
-    attended, probabilities = attend(q, k, v, mask, Dropout(self.dropout))
+    drop = Dropout(self.dropout)
+    if x.ndim == 4:
+      attended, probabilities = attend_in_frames(q, k, v, drop)
+    else:
+      attended, probabilities = attend(q, k, v, mask, drop)
     self.sow("self_attention", "map", probabilities)
     return Out(self.inits, self.dtype, name="out")(attended), cache
 
@@ -145,7 +150,7 @@ class Dropout(nn.Module):
 
 
 class Out(nn.Module):
-  """The matrix after attention: heads `[B, T, N, H]` to `[B, T, D]`."""
+  """The matrix after attention: heads `[..., N, H]` to `[..., D]`."""
 
   inits: BlockInit
   dtype: Any = jnp.float32

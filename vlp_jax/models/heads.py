@@ -42,19 +42,20 @@ class VocabularyHead(nn.Module):
     vocab_size: V.
     width: D.
     dtype: of the matrix product; its result is float32.
+    std: of the starting values; None takes 1 / sqrt(D).
   """
 
   vocab_size: int
   width: int
   dtype: Any = jnp.float32
+  std: float | None = None
 
   def setup(self):
-    # open_clip leaves this matrix uninitialised; here it starts as its text
-    # projection does.
+    # open_clip leaves this matrix uninitialised; by default it starts here as
+    # its text projection does.
+    std = self.width**-0.5 if self.std is None else self.std
     self.kernel = self.param(
-      "kernel",
-      initializers.normal(self.width**-0.5),
-      (self.width, self.vocab_size),
+      "kernel", initializers.normal(std), (self.width, self.vocab_size)
     )
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -166,6 +167,29 @@ class Projection(nn.Module):
     return Dense(
       self.features, kernel_init=bound, bias_init=bound, name="projection"
     )(x.astype(jnp.float32))
+
+
+class DeepProjection(nn.Module):
+  """Two matrices into the joint space, a norm and GELU between, in float32.
+
+  They start as PyTorch's do.
+
+  Attributes:
+    features: E.
+  """
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps `[..., D]` to float32 `[..., E]`."""
+    x = x.astype(jnp.float32)
+    bound = initializers.uniform(x.shape[-1] ** -0.5)
+    x = Dense(x.shape[-1], kernel_init=bound, bias_init=bound, name="hidden")(x)
+    x = gelu(layer_norm("norm")(x))
+    return Dense(
+      self.features, kernel_init=bound, bias_init=bound, name="projection"
+    )(x)
 
 
 class Temperature(nn.Module):

@@ -1,4 +1,4 @@
-"""The causal text tower."""
+"""Text towers: causal, and bidirectional."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vlp_jax.models import initializers
-from vlp_jax.models.attention import KeysValues
-from vlp_jax.models.transformer import Transformer
+from vlp_jax.models.attention import Dropout, KeysValues
+from vlp_jax.models.transformer import Transformer, layer_norm
 from vlp_jax.ops import masks
 
 POOLS = ("cls", "eot")
@@ -90,3 +90,50 @@ class TextTower(nn.Module):
     pos = jax.lax.dynamic_slice_in_dim(self.pos, position, 1)
     x = self.embedding(token[:, None]) + pos.astype(self.dtype)
     return self.transformer.decode(x, cache, position)
+
+
+class BidirectionalText(nn.Module):
+  """RoBERTa (Liu et al. 2019): every token sees all tokens, on both sides.
+
+  Its table of positions begins with two rows that no real token has: the
+  first is not used, pads have the second.
+
+  Attributes:
+    vocab_size: V.
+    max_len: the most tokens a text may have; 512 in RoBERTa.
+    transformer: the stack, post-norm.
+    dropout: rate after the embeddings.
+    dtype: of the matrix products.
+  """
+
+  vocab_size: int
+  max_len: int
+  transformer: Transformer
+  dropout: float = 0.0
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    width, init = self.transformer.width, initializers.normal(0.02)
+    self.embedding = nn.Embed(
+      self.vocab_size, width, embedding_init=init, dtype=self.dtype
+    )
+    self.pos = self.param("pos", init, (2 + self.max_len, width))
+    self.type = self.param("type", init, (width,))
+    self.norm = layer_norm(dtype=self.dtype, epsilon=self.transformer.epsilon)
+    self.drop = Dropout(self.dropout)
+
+  def __call__(self, text: jax.Array, text_len: jax.Array) -> jax.Array:
+    """Encodes texts.
+
+    Args:
+      text: int32 `[B, L]`, L at most `max_len`.
+      text_len: int32 `[B]`; what follows is padding.
+
+    Returns:
+      `[B, L, D]`; what is at pads has no meaning.
+    """
+    length = text.shape[1]
+    real = masks.valid(text_len, length)
+    pos = jnp.where(real[..., None], self.pos[2 : 2 + length], self.pos[1])
+    x = self.embedding(text) + (pos + self.type).astype(self.dtype)
+    return self.transformer(self.drop(self.norm(x)), real[:, None])

@@ -41,8 +41,19 @@ def _normal_cdf(x: jax.Array) -> jax.Array:
   return 0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)
 
 
+def quick_gelu(x: jax.Array) -> jax.Array:
+  """x sigmoid(1.702 x), computed in float32: what OpenAI's CLIP has.
+
+  An approximation of `gelu` (Hendrycks & Gimpel 2016) that is off by up to
+  0.02, so weights of one do not do for the other.
+  """
+  wide = x.astype(jnp.float32)
+  return (wide * jax.nn.sigmoid(1.702 * wide)).astype(x.dtype)
+
+
 ACTIVATIONS = {
   "gelu": gelu,
+  "quick_gelu": quick_gelu,
   # Primer's squared ReLU (So et al. 2021): cheap where erf is not.
   "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
@@ -243,43 +254,11 @@ class Transformer(nn.Module):
   def setup(self):
     if self.width % self.num_heads:
       raise ValueError(f"{self.num_heads} heads do not divide {self.width}")
-    block = Block
-    if self.remat != "none":
-      block = nn.remat(
-        Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False
-      )
-    lift = dict(
-      variable_axes={
-        "params": 0,
-        "intermediates": 0,
-        "self_attention": 0,
-        "perturbations": 0,
-      },
-      split_rngs={"params": True, "dropout": True},
-      length=self.depth,
-      unroll=1 if self.scan else self.depth,
-    )
     same = nn.broadcast
-    stack = nn.scan(
-      block,
-      methods={
-        "__call__": dict(in_axes=(same,) * 4 + (0, 0, same), **lift),
-        "project": dict(in_axes=(same,), **lift),
-      },
+    stack = lift(
+      Block, self, __call__=(same,) * 4 + (0, 0, same), project=(same,)
     )
-    branches = self.depth * (2 + self.cross + (self.cross and self.cross_mlp))
-    self.layers = stack(
-      num_heads=self.num_heads,
-      mlp_dim=int(self.width * self.mlp_ratio),
-      inits=BlockInit(self.scheme, self.width, branches),
-      cross=self.cross,
-      cross_mlp=self.cross_mlp,
-      activation=self.activation,
-      post_norm=self.post_norm,
-      epsilon=self.epsilon,
-      dropout=self.dropout,
-      dtype=self.dtype,
-    )
+    self.layers = stack(**block_fields(self))
 
   def __call__(
     self,
@@ -293,7 +272,8 @@ class Transformer(nn.Module):
     """Runs the stack.
 
     Args:
-      x: `[B, T, D]`.
+      x: `[B, T, D]`; or `[B, F, T, D]`, frames that attend as
+        `ops.attention.attend_in_frames` says, without a mask or a context.
       mask: bool `[B or 1, T, T]`, True = attend; None attends everywhere.
       context: `[B, S, D]`; None skips the cross-attention of every block.
       context_mask: bool `[B or 1, T or 1, S]`.
@@ -302,7 +282,7 @@ class Transformer(nn.Module):
         `take_rows`.
 
     Returns:
-      `[B, T, D]`.
+      What `x` is.
     """
     return self.layers(
       x, mask, context, context_mask, None, None, keys_values, rows
@@ -337,3 +317,53 @@ class Transformer(nn.Module):
     heads = (self.num_heads, self.width // self.num_heads)
     shape = (self.depth, batch_size, length, *heads)
     return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
+
+
+def lift(
+  block: type[nn.Module], stack: Transformer, **in_axes: tuple
+) -> type[nn.Module]:
+  """Makes one module of as many blocks as a stack has layers.
+
+  Args:
+    block: a module whose methods map a carry and further arguments to a carry
+      and an output.
+    stack: says how many, looped or not, and what is recomputed.
+    **in_axes: a method's name, and the axes of layers of its arguments after
+      the carry: 0, or `nn.broadcast` for those that all layers share.
+
+  Returns:
+    A class with the fields of `block`.
+  """
+  if stack.remat != "none":
+    policy = REMAT_POLICIES[stack.remat]
+    block = nn.remat(block, policy=policy, prevent_cse=False)
+  options = dict(
+    variable_axes={
+      "params": 0,
+      "intermediates": 0,
+      "self_attention": 0,
+      "perturbations": 0,
+    },
+    split_rngs={"params": True, "dropout": True},
+    length=stack.depth,
+    unroll=1 if stack.scan else stack.depth,
+  )
+  methods = {k: dict(in_axes=axes, **options) for k, axes in in_axes.items()}
+  return nn.scan(block, methods=methods)
+
+
+def block_fields(stack: Transformer) -> dict[str, Any]:
+  """Returns the fields of a stack's `Block`s."""
+  branches = 2 + stack.cross + (stack.cross and stack.cross_mlp)
+  return dict(
+    num_heads=stack.num_heads,
+    mlp_dim=int(stack.width * stack.mlp_ratio),
+    inits=BlockInit(stack.scheme, stack.width, stack.depth * branches),
+    cross=stack.cross,
+    cross_mlp=stack.cross_mlp,
+    activation=stack.activation,
+    post_norm=stack.post_norm,
+    epsilon=stack.epsilon,
+    dropout=stack.dropout,
+    dtype=stack.dtype,
+  )

@@ -1,4 +1,4 @@
-"""The vision tower: patches, positions, transformer."""
+"""The vision tower: patches, positions, frames, transformer."""
 
 from typing import Any
 
@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vlp_jax.errors import UserError
 from vlp_jax.models import initializers
 from vlp_jax.models.dense import Dense
 from vlp_jax.models.transformer import ACTIVATIONS, Transformer, layer_norm
@@ -15,6 +14,7 @@ from vlp_jax.ops import patches as patches_lib
 
 POSITIONS = ("learned", "sincos")
 STEMS = ("linear", "hmlp")
+FRAME_FILLS = ("zero", "interpolate")
 
 
 class LinearStem(nn.Module):
@@ -95,6 +95,11 @@ class VisionTower(nn.Module):
   makes patch tokens that know their place, `encode` lets them attend. The
   output is the residual stream: what reads it brings its own norm.
 
+  The same weights take videos (Ji et al. 2023, SCL): each frame has its own
+  copy of [CLS], which sees all frames, while patches see their own frame. A
+  video of one frame is a picture, and compiles to one. Without a [CLS] frames
+  do not see each other.
+
   Attributes:
     patch_size: side of a patch, in pixels.
     grid: rows and columns of patches that the learned positions are made for;
@@ -106,6 +111,10 @@ class VisionTower(nn.Module):
     pre_norm: whether a layer norm precedes the stack, as in CLIP.
     stem_bias: whether a linear stem has a bias.
     mask_token: whether there is a learned token that hides patches.
+    frames: rows of learned temporal positions, of which a picture has the
+      first; 0 has none: frames are then told apart by nothing.
+    frame_fill: what frames beyond those get: `zero` or `interpolate`, see
+      `ops.patches.resize_frames`.
     dtype: of the matrix products.
   """
 
@@ -118,6 +127,8 @@ class VisionTower(nn.Module):
   pre_norm: bool = True
   stem_bias: bool = False
   mask_token: bool = False
+  frames: int = 0
+  frame_fill: str = "zero"
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -140,6 +151,8 @@ class VisionTower(nn.Module):
     if self.cls_token:
       self.cls = self.param("cls", init, (width,))
       self.cls_pos = self.param("cls_pos", init, (width,))
+    if self.frames:
+      self.temporal = self.param("temporal", init, (self.frames, width))
     if self.mask_token:
       self.hidden = self.param("mask_token", nn.initializers.zeros, (width,))
     if self.pre_norm:
@@ -151,25 +164,24 @@ class VisionTower(nn.Module):
     """Cuts pictures into patch tokens with positions.
 
     Args:
-      image: uint8 `[B, H, W, 3]`; sides are multiples of the patch size.
-      hidden: bool `[B, N]`, the patches of which only the place is known (as
-        in BEiT, Bao et al. 2022); None hides nothing.
+      image: uint8 `[B, H, W, 3]` or `[B, F, H, W, 3]`; sides are multiples of
+        the patch size.
+      hidden: bool `[B, N]` or `[B, F, N]`, the patches of which only the place
+        is known (as in BEiT, Bao et al. 2022); None hides nothing.
 
     Returns:
-      `[B, N, D]`, row by row.
-
-    Raises:
-      UserError: on clips, `[B, F, H, W, 3]`.
+      `[B, N, D]` or `[B, F, N, D]`, row by row.
     """
-    if image.ndim != 4:
-      raise UserError(
-        "this model reads pictures, not clips; leave config.data.num_frames at "
-        "0, and choose data that are pictures"
-      )
-    pixels = patches_lib.patch_pixels(image, self.patch_size)
-    shape = tuple(side // self.patch_size for side in image.shape[1:3])
+    *leading, height, width, channels = image.shape
+    pixels = patches_lib.patch_pixels(
+      image.reshape(-1, height, width, channels), self.patch_size
+    )
+    shape = height // self.patch_size, width // self.patch_size
     pos = patches_lib.resize_positions(self.pos, self.grid, shape)
+    if self.frames:
+      pos = pos + self._temporal(1 if len(leading) == 1 else leading[1])
     tokens = self.patch(pixels)
+    tokens = tokens.reshape(*leading, *tokens.shape[1:])
     if hidden is not None:
       mask_token = self.hidden.astype(tokens.dtype)
       tokens = jnp.where(hidden[..., None], mask_token, tokens)
@@ -179,20 +191,34 @@ class VisionTower(nn.Module):
     """Lets tokens attend to each other.
 
     Args:
-      tokens: `[B, K, D]`, all of `embed`'s or some, in any order.
+      tokens: `[B, K, D]` or `[B, F, K, D]`, all of `embed`'s or some, in any
+        order.
 
     Returns:
-      [CLS] `[B, 1, D]` (None without one) and patches `[B, K, D]`.
+      [CLS] `[B, F, D]`, one a frame (None without one), and patches
+      `[B, F K, D]`, frame by frame.
     """
+    batch, width = len(tokens), tokens.shape[-1]
+    frames = tokens.shape[1] if tokens.ndim == 4 else 1
+    if frames == 1 or not self.cls_token:
+      tokens = tokens.reshape(-1, *tokens.shape[-2:])
     if self.cls_token:
+      cls = self.cls + self.cls_pos
+      if self.frames:
+        cls = cls + self._temporal(frames)
       cls = jnp.broadcast_to(
-        (self.cls + self.cls_pos).astype(tokens.dtype),
-        (tokens.shape[0], 1, tokens.shape[-1]),
+        cls.astype(tokens.dtype), (*tokens.shape[:-2], 1, width)
       )
-      tokens = jnp.concatenate([cls, tokens], axis=1)
+      tokens = jnp.concatenate([cls, tokens], axis=-2)
     if self.pre_norm:
       tokens = self.norm(tokens)
     tokens = self.transformer(tokens)
     if self.cls_token:
-      return tokens[:, :1], tokens[:, 1:]
-    return None, tokens
+      cls, tokens = tokens[..., :1, :], tokens[..., 1:, :]
+      return cls.reshape(batch, frames, width), tokens.reshape(batch, -1, width)
+    return None, tokens.reshape(batch, -1, width)
+
+  def _temporal(self, frames: int) -> jax.Array:
+    """Temporal positions `[F, 1, D]`, the same for all tokens of a frame."""
+    rows = patches_lib.resize_frames(self.temporal, frames, self.frame_fill)
+    return rows[:, None]

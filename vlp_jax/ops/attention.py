@@ -9,13 +9,19 @@ import jax.numpy as jnp
 # attend to (an empty caption) gives numbers and not NaN.
 MASKED = -1e30
 
+Through = Callable[[jax.Array], jax.Array]
+
+
+def _unchanged(p_BNTS: jax.Array) -> jax.Array:
+  return p_BNTS
+
 
 def attend(
   q_BTNH: jax.Array,
   k_BSNH: jax.Array,
   v_BSNH: jax.Array,
   mask_BTS: jax.Array | None = None,
-  through: Callable[[jax.Array], jax.Array] = lambda p_BNTS: p_BNTS,
+  through: Through = _unchanged,
 ) -> tuple[jax.Array, jax.Array]:
   """Attends with scores and softmax in float32.
 
@@ -45,3 +51,45 @@ def attend(
   weights = through(p_BNTS).astype(v_BSNH.dtype)
   o_BTNH = jnp.einsum("BNTS,BSNH->BTNH", weights, v_BSNH)
   return o_BTNH, p_BNTS
+
+
+def attend_in_frames(
+  q_BFTNH: jax.Array,
+  k_BFTNH: jax.Array,
+  v_BFTNH: jax.Array,
+  through: Through = _unchanged,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  """Attends inside of frames, and from each frame's first token to them all.
+
+  The first token of a frame attends to every token of every frame, the others
+  to the tokens of their own frame, the first one included: no pair of patches
+  of two frames is ever scored (Ji et al. 2023, SCL's flexible encoder).
+
+  Args:
+    q_BFTNH: queries of F frames of T tokens.
+    k_BFTNH: keys.
+    v_BFTNH: values.
+    through: as for `attend`.
+
+  Returns:
+    The output `[B, F, T, N, H]`, and the probabilities of the first tokens
+    `[B, N, F, F T]` and of the others `[B F, N, T - 1, T]`.
+  """
+  b, f = q_BFTNH.shape[:2]
+
+  def merge(x, *leading):
+    return x.reshape(*leading, *x.shape[-2:])
+
+  first, p_first = attend(
+    q_BFTNH[:, :, 0],
+    *(merge(x, b, -1) for x in (k_BFTNH, v_BFTNH)),
+    through=through,
+  )
+  size = q_BFTNH.shape[2]
+  rest, p_rest = attend(
+    merge(q_BFTNH[:, :, 1:], b * f, size - 1),
+    *(merge(x, b * f, size) for x in (k_BFTNH, v_BFTNH)),
+    through=through,
+  )
+  rest = merge(rest, b, f, size - 1)
+  return jnp.concatenate([first[:, :, None], rest], 2), (p_first, p_rest)

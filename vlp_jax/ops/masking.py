@@ -41,8 +41,13 @@ def random_scores(
 
 
 def take(tokens: jax.Array, index: jax.Array) -> jax.Array:
-  """Gathers tokens: `[B, N, D]` at int `[B, K]` gives `[B, K, D]`."""
-  return jnp.take_along_axis(tokens, index[..., None], axis=1)
+  """Gathers tokens: `[B, N, D]` at int `[B, K]` gives `[B, K, D]`.
+
+  Of frames `[B, F, N, D]` it takes the same places: `[B, F, K, D]`.
+  """
+  frames = (1,) * (tokens.ndim - 3)
+  index = index.reshape(len(index), *frames, -1, 1)
+  return jnp.take_along_axis(tokens, index, axis=-2)
 
 
 def scatter_mask(index: jax.Array, num_patches: int) -> jax.Array:

@@ -90,6 +90,26 @@ def _bicubic(old: int, new: int) -> np.ndarray:
   return matrix.astype(np.float32)
 
 
+def resize_frames(rows: jax.Array, count: int, fill: str) -> jax.Array:
+  """Makes temporal positions `[T, D]` ones of another number of frames.
+
+  Fewer frames take the first rows. For more of them the rows are followed by
+  zeros (`fill="zero"`), or stretched linearly, ends on ends (`interpolate`):
+  the two that Bain et al. 2021 (Frozen in Time) compare.
+
+  Returns:
+    `[count, D]`.
+  """
+  old = len(rows)
+  if count <= old:
+    return rows[:count]
+  if fill == "zero":
+    return jnp.pad(rows, ((0, count - old), (0, 0)))
+  at = np.linspace(0, old - 1, count)
+  weights = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(old)))
+  return jnp.asarray(weights, rows.dtype) @ rows
+
+
 def resize_positions(
   positions: jax.Array, old: tuple[int, int], new: tuple[int, int]
 ) -> jax.Array:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vlp_jax.ops import masks, rng
+from vlp_jax.ops import masking, masks, rng
 
 
 class HiddenWords(NamedTuple):
@@ -55,11 +55,9 @@ def draw(
     length = len(row)
     u = jax.random.uniform(key, (2, length))
     chosen = eligible & (u[0] < ratio)
-    word = jax.random.randint(
-      jax.random.fold_in(key, 1), (length,), 0, vocab_size, row.dtype
-    )
-    hidden = jnp.where(u[1] < 0.8, mask_id, jnp.where(u[1] < 0.9, word, row))
-    return jnp.where(chosen, hidden, row), chosen
+    return jnp.where(
+      chosen, _hide(key, u[1], row, mask_id, vocab_size), row
+    ), chosen
 
   eligible = masks.valid(text_len, text.shape[1])
   eligible &= jnp.arange(text.shape[1]) > 0
@@ -86,3 +84,77 @@ def gather(
     labels=jnp.take_along_axis(text, order, axis=1),
     weights=jnp.take_along_axis(chosen, order, axis=1).astype(jnp.float32),
   )
+
+
+def _hide(key, u, row, mask_id, vocab_size):
+  """What stands for each word of a row, given uniform numbers."""
+  word = jax.random.randint(
+    jax.random.fold_in(key, 1), row.shape, 0, vocab_size, row.dtype
+  )
+  return jnp.where(u < 0.8, mask_id, jnp.where(u < 0.9, word, row))
+
+
+def corrupt(
+  key: jax.Array,
+  index: jax.Array,
+  text: jax.Array,
+  chosen: jax.Array,
+  *,
+  mask_id: int,
+  vocab_size: int,
+) -> jax.Array:
+  """Of the chosen words, makes 80 % [MASK] and 10 % any id; 10 % stay.
+
+  Args:
+    key: the key of a stream at a step.
+    index: int32 `[B]`, the examples' places in the global batch.
+    text: int32 `[B, L]`.
+    chosen: bool `[B, L]`.
+    mask_id: of [MASK].
+    vocab_size: V.
+  """
+
+  def one(key, row):
+    u = jax.random.uniform(key, row.shape)
+    return _hide(key, u, row, mask_id, vocab_size)
+
+  hidden = jax.vmap(one)(rng.per_example(key, index), text)
+  return jnp.where(chosen, hidden, text)
+
+
+def choose(
+  key: jax.Array, index: jax.Array, pool: jax.Array, number: jax.Array
+) -> jax.Array:
+  """Chooses so many places of a pool, each example from its own key.
+
+  Args:
+    key: the key of a stream at a step.
+    index: int32 `[B]`, the examples' places in the global batch.
+    pool: bool `[B, L]`, what may be chosen.
+    number: int `[B]`; where the pool is smaller, all of it is chosen.
+
+  Returns:
+    bool `[B, L]`.
+  """
+  u = masking.random_scores(key, index, pool.shape[1])
+  first = jnp.argsort(jnp.where(pool, u, 2.0), axis=1)
+  return pool & (jnp.argsort(first, axis=1) < number[:, None])
+
+
+def choose_again(
+  key: jax.Array, index: jax.Array, pool: jax.Array, number: jax.Array
+) -> jax.Array:
+  """The same with replacement: a place may be drawn more than once.
+
+  Args:
+    key, index: as for `choose`.
+    pool: bool `[B, L]`, in each row one run of places.
+    number: int `[B]` of draws, L at most.
+  """
+  length = pool.shape[1]
+  u = masking.random_scores(key, index, length)
+  size = jnp.sum(pool, axis=1, keepdims=True)
+  place = jnp.argmax(pool, axis=1)[:, None] + jnp.floor(u * size).astype(int)
+  drawn = jnp.arange(length) < number[:, None]
+  hit = (place[..., None] == jnp.arange(length)) & drawn[..., None]
+  return pool & jnp.any(hit, axis=1)

@@ -1,0 +1,128 @@
+"""What evaluators ask of a method with a `models.SCLEncoder`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vlp_jax.methods import _start
+from vlp_jax.methods.base import Batch, Params
+from vlp_jax.models.two_stream import Seen
+from vlp_jax.ops import masks
+
+
+@dataclasses.dataclass(frozen=True)
+class PairMethod:
+  """The capabilities of such a method; pictures may be clips.
+
+  Attributes:
+    module: the linen module; its parameters are the method's.
+    start_file: parameters that a new run starts from; see `_start.load`.
+  """
+
+  module: nn.Module
+  start_file: str
+  uses_ema = False
+
+  def apply(self, params: Params, name: str, *args, dropout=None, **kwargs):
+    """Calls a method of the module, by name; with a key, dropout is on."""
+    rngs = None if dropout is None else {"dropout": dropout}
+    return self.module.apply(
+      {"params": params}, *args, method=name, rngs=rngs, **kwargs
+    )
+
+  def init(self, key: jax.Array, batch: Batch):
+    """Makes parameters, and no state."""
+    variables = self.module.init(
+      key, batch["image"], batch["text"], batch["text_len"]
+    )
+    return variables["params"], {}
+
+  def start(self, params, method_state, pictures):
+    """Puts in the parameters of `start_file`."""
+    del pictures
+    if self.start_file:
+      params = _start.load(params, self.start_file)
+    return params, method_state
+
+  def encode_image(self, params: Params, batch: Batch) -> jax.Array:
+    """Embeds `batch["image"]`: float32 `[B, E]`, of unit length."""
+    return self.apply(params, "encode_image", batch["image"])
+
+  def encode_text(self, params: Params, batch: Batch) -> jax.Array:
+    """Embeds `batch["text"]`: float32 `[B, E]`, of unit length."""
+    return self.apply(params, "encode_text", batch["text"], batch["text_len"])
+
+  def match_state(self, params: Params, batch: Batch) -> Seen:
+    """Encodes pictures alone: all that fusion needs of them."""
+    patches = self.apply(params, "embed", batch["image"])
+    return self.apply(params, "see", patches)
+
+  def match_score(self, params: Params, state, text, text_len) -> jax.Array:
+    """Log-odds that texts belong to pictures.
+
+    Args:
+      params: parameters.
+      state: of `match_state`, B pictures.
+      text: int32 `[B, K, L]`.
+      text_len: int32 `[B, K]`.
+
+    Returns:
+      float32 `[B, K]`.
+    """
+    size = text_len.shape
+    text, text_len = text.reshape(-1, text.shape[-1]), text_len.reshape(-1)
+    state = jax.tree.map(lambda x: jnp.repeat(x, size[1], axis=0), state)
+    tokens = self.apply(params, "read", text, text_len)
+    fused = self.apply(params, "fuse", tokens, text_len, state)
+    logits = self.apply(params, "match_logits", *fused)
+    return (logits[:, 1] - logits[:, 0]).reshape(size)
+
+  @property
+  def readouts(self) -> tuple[str, ...]:
+    """The maps that `patch_text_map` can make."""
+    return ("cross_attention",)
+
+  def patch_text_map(
+    self,
+    params: Params,
+    batch: Batch,
+    readout: str = "cross_attention",
+    token_mask: jax.Array | None = None,
+  ) -> jax.Array:
+    """Says where in a picture a text is.
+
+    Cross-attention of the last layer, of the head that looks most.
+
+    Args:
+      params: parameters.
+      batch: `image` (of clips, the mean of the frames' maps), `text` and
+        `text_len`.
+      readout: `cross_attention`.
+      token_mask: bool `[B, L]`, the tokens whose maps are added; None takes
+        the first token, which stands for the whole text.
+
+    Returns:
+      float32 `[B, rows, columns]`; only the order of its values has meaning.
+    """
+    del readout
+    image, text, text_len = batch["image"], batch["text"], batch["text_len"]
+    tokens = self.apply(params, "read", text, text_len)
+    seen = self.match_state(params, batch)
+    _, sown = self.apply(
+      params, "fuse", tokens, text_len, seen, mutable=["intermediates"]
+    )
+    layers = sown["intermediates"]["fusion"]["layers"]["text"]
+    (maps,) = layers["attention_map"]  # [layers, B, heads, L, F + F N]
+    found = jnp.max(maps[-1], axis=1)
+    rows = jnp.arange(text.shape[1])[None] == 0
+    if token_mask is not None:
+      rows = token_mask & masks.valid(text_len, text.shape[1])
+    found = jnp.einsum("bls,bl->bs", found, rows.astype(jnp.float32))
+    height, width = image.shape[-3:-1]
+    size, frames = self.module.vision.patch_size, seen.frames.shape[1]
+    grid = (frames, height // size, width // size)
+    return jnp.mean(found[:, frames:].reshape(len(found), *grid), axis=1)
