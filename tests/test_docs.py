@@ -9,6 +9,7 @@ import pytest
 from vlp_jax import config as config_lib
 from vlp_jax import evaluate, export
 from vlp_jax.convert import albef as convert_albef
+from vlp_jax.convert import scl as convert_scl
 from vlp_jax.data import build, one_frame, train_tokenizer
 from vlp_jax.data.prepare import __main__ as prepare
 from vlp_jax.flags import parse_flags
@@ -48,6 +49,9 @@ def test_commands_are_understood(page):
       assert config.method.name
     elif module == "convert.albef":
       _, flags = config_lib.parse_command_line(args, convert_albef.FLAGS, "")
+      assert flags["output"]
+    elif module == "convert.scl":
+      _, flags = config_lib.parse_command_line(args, convert_scl.FLAGS, "")
       assert flags["output"]
     elif module == "convert.dalle":
       assert [pathlib.Path(arg).suffix for arg in args] == [".pkl", ".npz"]

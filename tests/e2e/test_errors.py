@@ -37,7 +37,7 @@ def _cases():
     "patches": ([DEBUG, "--config.model.vision.patch_size=7"], "patch_size"),
     "method": (
       [DEBUG, "--config.method.name=cocoa"],
-      "albef, clip, coca, simla",
+      "albef, clip, coca, scl, simla",
     ),
     "optimizer": ([DEBUG, "--config.optimizer.name=adm"], "adamw"),
     "data set": ([DEBUG, "--config.data.name=no_such_data"], "no_such_data"),
