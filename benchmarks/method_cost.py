@@ -169,6 +169,7 @@ def runner(variant: str):
   jax.block_until_ready(step(*arguments, ctx))
 
   def run(steps: int) -> None:
+    found = None
     for _ in range(steps):
       found = step(*arguments, ctx)
     jax.block_until_ready(found)
