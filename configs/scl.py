@@ -43,11 +43,13 @@ def get_config(size: str = "tiny"):
 
 def tiny(config):
   presets.two_streams_tiny(config)
+  config.clips.update(share=0.5, name="scenes_video")
 
 
 def debug(config):
   tiny(config)
   presets.debug(config)
+  config.clips.name = "scenes_video/debug"
 
 
 def b16(config):

@@ -119,6 +119,7 @@ def evaluation(kind: str, split: str, **fields) -> dict:
   common = dict(
     type=kind,
     split=split,
+    clips=False,
     every_steps=0,
     prefix="eval",
     batch_size=128,

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 
 import jax
 from ml_collections import ConfigDict
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 from vlp_jax import checkpoint as checkpoint_lib
 from vlp_jax import command, metrics, optim, sharding, train_state, train_step
 from vlp_jax import config as config_lib
-from vlp_jax.data import mixture, pipeline
+from vlp_jax.data import joint, pipeline
 from vlp_jax.data import tokenizer as tokenizer_lib
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import base as evaluators_lib
@@ -41,13 +42,13 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     Preempted: after SIGTERM, when the state is saved.
   """
   started = time.time()
-  method = methods.get(config.method.name, config)
-  config_lib.validate(config, jax.device_count(), method.match_group)
+  method, *_ = of_streams = build_methods(config)
   workdir = command.make_folder(workdir)
   config_lib.check_same(config, workdir / "config.json")
   mesh = sharding.make_mesh(config_lib.mesh_shape(config, jax.device_count()))
-  source = mixture.open_training(config.data)
-  tokenizer = tokenizer_lib.get_tokenizer(config, source)
+  streams = joint.open_streams(config)
+  source = streams[0].source
+  tokenizer = tokenizer_lib.get_tokenizer(config, joint.union(streams))
   env = evaluators_lib.Env(config, mesh, tokenizer, workdir)
   evaluators = evaluators_lib.build_all(method, env)
   total_steps = config_lib.num_steps(config, len(source))
@@ -57,7 +58,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
   if jax.process_index() == 0:
     config_lib.save(config, workdir / "config.json")
     tokenizer_lib.write_atomically(workdir / "tokenizer.model", tokenizer.model)
-    tokenizer_lib.warn_cut(tokenizer, source, config)
+    for stream in streams:
+      tokenizer_lib.warn_cut(tokenizer, stream.source, config)
 
   def create():
     return train_state.create(
@@ -75,7 +77,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     keep=config.checkpoint.keep,
     best_metric=config.checkpoint.best_metric,
   )
-  fingerprint = pipeline.data_fingerprint(source, tokenizer, config)
+  fingerprint = joint.fingerprint(streams, tokenizer)
   fingerprint["accumulate"] = config.accumulate
   if checkpoints.latest_step() is None:
     state, meta = jax.jit(create, out_shardings=shardings)(), {}
@@ -86,42 +88,46 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     check_fingerprint(meta["fingerprint"], fingerprint)
   seconds = meta.get("seconds", 0.0)
   start = int(state.step)
-  step_fn = jax.jit(
-    train_step.make_train_step(
-      method,
-      optimizer,
-      accumulate=config.accumulate,
-      mesh=mesh,
-      ema_decay=config.ema.decay,
-    ),
-    donate_argnums=0,
-    out_shardings=(shardings, None),
-  )
-  announce(config, method, state.params, source, mesh, start, total_steps)
+  step_fns = [
+    jax.jit(
+      train_step.make_train_step(
+        one,
+        optimizer,
+        accumulate=config.accumulate,
+        mesh=mesh,
+        ema_decay=config.ema.decay,
+      ),
+      donate_argnums=0,
+      out_shardings=(shardings, None),
+    )
+    for one in of_streams
+  ]
+  announce(method, state.params, streams, mesh, start, total_steps)
 
   writer = metrics.Writer(workdir, start)
-  progress = metrics.Progress(total_steps, config.batch_size, start)
-  batches = pipeline.train_batches(
-    source,
+  examples = joint.examples_a_step(streams)
+  progress = metrics.Progress(total_steps, examples, start)
+  batches = joint.JointBatches(
+    streams,
     tokenizer,
-    config,
     start_step=start,
-    bad_records=meta.get("bad_records", 0),
+    bad_records=meta.get("bad_records", {}),
     host=jax.process_index(),
     num_hosts=jax.process_count(),
   )
   pending = None
+  latest: dict[str, float] = {}  # of each stream: a log is not of one alone
 
-  def log(finished: tuple[int, train_step.Metrics] | None) -> None:
+  def log(finished: tuple[int, str, train_step.Metrics] | None) -> None:
     """Writes the metrics of a step; waits until the device has them."""
     if finished is None:
       return
-    step, values = finished
+    step, name, values = finished
     values = {k: float(v) for k, v in jax.device_get(values).items()}
     progress.update(step, values["loss"])
+    latest.update({f"{name}/{key}": value for key, value in values.items()})
     if step % config.log.every_steps == 0 or step == total_steps:
-      scalars = {f"train/{name}": value for name, value in values.items()}
-      scalars["train/learning_rate"] = float(schedule(step - 1))
+      scalars = latest | {"train/learning_rate": float(schedule(step - 1))}
       writer.write(step, scalars | progress.rates())
 
   def save(step: int, scores: dict[str, float] | None = None) -> None:
@@ -142,10 +148,12 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     stack.enter_context(progress)
     for step in range(start + 1, total_steps + 1):
       with progress.waiting():
-        batch = sharding.put_batch(next(batches), mesh)
-      state, values = step_fn(state, batch)
+        number, batch = next(batches)
+        batch = sharding.put_batch(batch, mesh)
+      state, values = step_fns[number](state, batch)
       log(pending)  # of the step before: the device is never waited for
-      pending = step, values | {"bad_records": batches.bad_records}
+      name = streams[number].name
+      pending = step, name, values | {"bad_records": batches.bad_records[name]}
       due = due_evaluators(config, evaluators, step, total_steps)
       stopping = preemption.requested and step < total_steps
       saving = stopping or is_due(
@@ -180,6 +188,25 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
   )
   metrics.print_table(results)
   return results
+
+
+def build_methods(config: ConfigDict) -> list[Method]:
+  """Builds the method once for each stream of batches, and checks the config.
+
+  All have the same parameters. The positions of a picture's patches are made
+  for `config.data.image_size`, and resized for clips.
+
+  Raises:
+    UserError: on what cannot work.
+  """
+  found = []
+  for _, _, one in joint.configs(config):
+    view = one.copy_and_resolve_references()
+    view.data.image_size = config.data.image_size
+    method = methods.get(config.method.name, view)
+    config_lib.validate(one, jax.device_count(), method.match_group)
+    found.append(method)
+  return found
 
 
 class Preemption:
@@ -255,15 +282,14 @@ def check_fingerprint(old: dict, new: dict) -> None:
 
 
 def announce(
-  config: ConfigDict,
   method: Method,
   params: Params,
-  source,
+  streams: Sequence[joint.Stream],
   mesh,
   start: int,
   total_steps: int,
 ) -> None:
-  """Says what is about to run, in three lines."""
+  """Says what is about to run, in a few lines."""
   if jax.process_index() != 0:
     return
   count = sum(x.size for x in jax.tree.leaves(params))
@@ -273,9 +299,16 @@ def announce(
     f"{type(method).__name__}: {count:,} parameters on "
     f"{mesh.size} x {device}{f' ({shape})' if shape else ''}"
   )
-  print(f"data: {source.name}, {len(source):,} training pictures")
+  for stream in streams:
+    frames = stream.config.data.num_frames
+    kind = f"clips of {frames} frames" if frames else "pictures"
+    print(
+      f"data: {stream.source.name}, {len(stream.source):,} training {kind}, "
+      f"{stream.config.batch_size} a step"
+      + (f" in {stream.share:.0%} of the steps" if stream.share < 1 else "")
+    )
   print(
-    f"steps {start + 1:,} to {total_steps:,} of {config.batch_size} examples"
+    f"steps {start + 1:,} to {total_steps:,}"
     if start < total_steps
     else f"already trained for {total_steps:,} steps: evaluating"
   )

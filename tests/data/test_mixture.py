@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.data.toy import Toy, build, gray, png
-from vlp_jax.data import mixture, pipeline, sources
+from vlp_jax.data import mixture, pipeline, sources, turns
 from vlp_jax.data import tokenizer as tokenizer_lib
 from vlp_jax.errors import UserError
 
@@ -70,7 +70,7 @@ def visited(config, count, field="image_id"):
 
 
 def counts(parts, rounds):
-  picks = np.tile(mixture.table(parts), rounds)
+  picks = np.tile(turns.table(parts), rounds)
   return (picks[:, None] == np.arange(len(parts))).cumsum(0)
 
 
@@ -86,7 +86,7 @@ def test_the_first_n_have_their_shares(parts):
   had = counts(parts, 3)
   due = np.arange(1, 3 * total + 1)[:, None] * np.array(parts)
   assert (had >= due // total).all() and (had <= -(-due // total)).all()
-  assert len(mixture.table(parts)) == total
+  assert len(turns.table(parts)) == total
 
 
 @pytest.mark.parametrize(
@@ -101,12 +101,12 @@ def test_any_window_has_its_shares(parts, most):
 
 
 def test_weights_become_whole_numbers():
-  assert mixture._whole([0.7, 0.3]) == [7, 3]
-  assert mixture._whole([2, 1]) == [2, 1]
-  assert mixture._whole([1 / 3, 2 / 3]) == [1, 2]
-  assert mixture._whole([5]) == [1]
+  assert turns.whole([0.7, 0.3]) == [7, 3]
+  assert turns.whole([2, 1]) == [2, 1]
+  assert turns.whole([1 / 3, 2 / 3]) == [1, 2]
+  assert turns.whole([5]) == [1]
   # Sizes, as weights: rounded to ten thousand parts, none to 0.
-  rounded = mixture._whole([12_423_374, 591_753, 3])
+  rounded = turns.whole([12_423_374, 591_753, 3])
   assert rounded == [9545, 455, 1]
 
 

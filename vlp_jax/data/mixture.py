@@ -4,20 +4,14 @@
 
   {"cc12m": 0.7, "photos/pairs.jsonl": 0.3}
 
-Which data set is next is not drawn but laid down in a table, in which every
-data set comes as evenly as can be: of the first n examples, for any n, each
-has its share of n, rounded up or down. Place k of the endless order is one
-look at the table, so that a run can start at any step. (Grain's `mix` also has
-random access, but rounds 0.7 and 0.3 to 233 and 100, and strays further from
-the shares the more data sets there are.)
+Which data set is next, `turns.py` lays down: of the first n examples, for any
+n, each data set has its share of n, rounded up or down.
 
 Each data set goes through epochs of its own, each in an order of its own.
 """
 
 from __future__ import annotations
 
-import fractions
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,10 +22,7 @@ from ml_collections import ConfigDict
 
 from vlp_jax import factors
 from vlp_jax.data.sources import Record, Source, open_source
-
-# The longest table. Weights that need a longer one are rounded to so many
-# parts, at least one each.
-_MAX_PARTS = 10_000
+from vlp_jax.data.turns import Turns
 
 
 class Mixture(Source):
@@ -54,18 +45,19 @@ class Mixture(Source):
     """
     self._sources = list(sources)
     self._ends = np.cumsum([len(source) for source in sources])
-    self._parts = _whole(weights)
+    self._turns = Turns(weights)
+    parts = self._turns.parts
     self._factor = len(sources) | 1
     shares = [
-      f"{part}/{sum(self._parts)} {source.name}"
-      for part, source in zip(self._parts, sources, strict=True)
+      f"{part}/{sum(parts)} {source.name}"
+      for part, source in zip(parts, sources, strict=True)
     ]
     self.name = " + ".join(shares)
     self.split = split
     self.directory = sources[0].directory
     self.fingerprint = " + ".join(
       f"{part} x {source.fingerprint}"
-      for part, source in zip(self._parts, sources, strict=True)
+      for part, source in zip(parts, sources, strict=True)
     )
 
   def __len__(self) -> int:
@@ -94,7 +86,7 @@ class Mixture(Source):
       for source, state in zip(self._sources, seeds, strict=True)
     ]
     starts = [self._peers(component).start for component in range(len(orders))]
-    return _Mixed(orders, starts, table(self._parts))
+    return _Mixed(orders, starts, self._turns)
 
   def peers(self, index: int) -> range:
     """Those of the same data set, so that the proportions stay."""
@@ -115,27 +107,24 @@ class Mixture(Source):
 
 
 class _Mixed(grain.MapDataset):
-  """Endless orders of records, mixed by a table without end."""
+  """Endless orders of records, in turn."""
 
   def __init__(
     self,
     orders: Sequence[grain.MapDataset],
     starts: Sequence[int],
-    picks: np.ndarray,
+    turns: Turns,
   ):
     """Makes the data set.
 
     Args:
       orders: indices of each data set's records.
       starts: added to these.
-      picks: `[T]`, whose turn it is; see `table`.
+      turns: of the data sets.
     """
     super().__init__(orders)
     self._starts = starts
-    self._picks = picks
-    turns = picks[:, None] == np.arange(len(orders))
-    self._totals = turns.sum(0)
-    self._ranks = (turns.cumsum(0) - 1)[np.arange(len(picks)), picks]
+    self._turns = turns
 
   def __len__(self) -> int:
     return sys.maxsize
@@ -143,35 +132,8 @@ class _Mixed(grain.MapDataset):
   def __getitem__(self, index):
     if isinstance(index, slice):
       return self.slice(index)
-    rounds, at = divmod(index, len(self._picks))
-    component = self._picks[at]
-    place = rounds * int(self._totals[component]) + int(self._ranks[at])
+    component, place = self._turns(index)
     return self._starts[component] + self._parents[component][place]
-
-
-def table(parts: Sequence[int]) -> np.ndarray:
-  """Spreads turns evenly.
-
-  It is the quota method of Balinski and Young (1975), as a schedule: turn j of
-  `p` in every `T` may come no sooner than its share of the turns exceeds j,
-  and is due when it reaches j + 1; of those that may, the one due first comes.
-
-  Args:
-    parts: turns of each data set; T is their sum.
-
-  Returns:
-    `[T]`, whose turn it is. Among the first n entries (of the table's endless
-    repetition) each has its share of n, rounded up or down.
-  """
-  total, done = sum(parts), [0] * len(parts)
-  picks = np.empty(total, np.int32)
-  for n in range(total):
-    ready = [i for i, p in enumerate(parts) if done[i] * total < (n + 1) * p]
-    # -(-a // b) rounds a / b up: the last n by which it must have come.
-    pick = min(ready, key=lambda i: -(-(done[i] + 1) * total // parts[i]))
-    done[pick] += 1
-    picks[n] = pick
-  return picks
 
 
 def open_training(data: ConfigDict) -> Source:
@@ -193,16 +155,3 @@ def open_training(data: ConfigDict) -> Source:
 
 
 _EXAMPLE = '{"cc12m": 0.7, "photos/pairs.jsonl": 0.3}'
-
-
-def _whole(weights: Sequence[float]) -> list[int]:
-  """Returns the least whole numbers in the proportions of weights."""
-  exact = [fractions.Fraction(str(weight)) for weight in weights]
-  shares = [weight / sum(exact) for weight in exact]
-  parts = math.lcm(*(share.denominator for share in shares))
-  if parts > _MAX_PARTS:
-    whole = [max(1, round(share * _MAX_PARTS)) for share in shares]
-  else:
-    whole = [int(share * parts) for share in shares]
-  divisor = math.gcd(*whole)
-  return [number // divisor for number in whole]

@@ -25,7 +25,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from vlp_jax.data import captions, pipeline, sources, transforms
+from vlp_jax.data import captions, joint, pipeline, sources, transforms
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators._batching import (
@@ -41,6 +41,7 @@ from vlp_jax.methods.base import Method, Params
 COMMON_FIELDS = {
   "type": "",
   "split": "validation",
+  "clips": False,  # of `config.clips` instead of `config.data`
   "every_steps": 0,
   "prefix": "eval",
   "batch_size": 128,
@@ -101,6 +102,12 @@ class Env:
   _memo: _Memo = dataclasses.field(
     default_factory=_Memo, init=False, repr=False, compare=False
   )
+
+  @functools.cached_property
+  def clips(self) -> Env:
+    """The same for `config.clips`."""
+    config = joint.of_clips(self.config)
+    return Env(config, self.mesh, self.tokenizer, self.workdir)
 
   def source(self, split: str):
     """Opens a split once.
@@ -312,6 +319,13 @@ def build(name: str, eval_config, method: Method, env: Env) -> Evaluator:
       f"{env.config.method.name!r}, which lacks {', '.join(lacks)}; remove "
       f"evals.{name} from the config"
     )
+  if config.clips:
+    if not joint.has_clips(env.config):
+      raise NotApplicableError(
+        f"evals.{name} is left out: it needs clips, and neither "
+        "config.clips.name nor source is set"
+      )
+    env = env.clips
   _check_data(name, config, evaluator, env)
   return evaluator(method, config, env)
 

@@ -286,8 +286,7 @@ class Scl(PairMethod):
       number = jnp.floor(self.text_mask_ratio * real) + 1
       parted = token_mask.choose_again(keys[2], index, words, number)
     most_parted = min(length, int(self.text_mask_ratio * length) + 1)
-    rows, columns = self.module.vision.grid
-    count = rows * columns
+    count = self.module.vision.num_patches(batch["image"].shape)
     scores = masking.random_scores(patch_key, index, count)
     patch_key = jax.random.fold_in(patch_key, 1)
     patches = masking.random_scores(patch_key, index, count)

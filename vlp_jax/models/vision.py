@@ -1,5 +1,6 @@
 """The vision tower: patches, positions, frames, transformer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -157,6 +158,11 @@ class VisionTower(nn.Module):
       self.hidden = self.param("mask_token", nn.initializers.zeros, (width,))
     if self.pre_norm:
       self.norm = layer_norm(dtype=self.dtype)
+
+  def num_patches(self, image_shape: Sequence[int]) -> int:
+    """Counts the patches of a picture or frame, `[..., H, W, 3]`."""
+    height, width = image_shape[-3:-1]
+    return (height // self.patch_size) * (width // self.patch_size)
 
   def embed(
     self, image: jax.Array, hidden: jax.Array | None = None
