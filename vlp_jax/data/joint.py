@@ -136,11 +136,7 @@ def fingerprint(
 
 
 class JointBatches(Iterator[tuple[int, Batch]]):
-  """Endless training batches, each with the number of its stream.
-
-  Attributes:
-    bad_records: of each stream, by name; see `pipeline.TrainBatches`.
-  """
+  """Endless training batches, each with the number of its stream."""
 
   def __init__(
     self,
@@ -192,6 +188,7 @@ class JointBatches(Iterator[tuple[int, Batch]]):
 
   @property
   def bad_records(self) -> dict[str, int]:
+    """Records that had to be replaced since step 0, of each stream."""
     found = zip(self._names, self._batches, strict=True)
     return {name: batches.bad_records for name, batches in found}
 
