@@ -13,7 +13,7 @@ Map from the paper to code (the names are the release's):
   MLM     hidden words                                  `_word_terms`
   MVSC    completion of a picture, from 20 % of it      `couple`
   MLSC    completion of a text, from 60 % of it         `couple`
-  MLTC    GLSCL's completion of single tokens           `_token_terms`
+  MLTC    GLSCL's completion of single tokens           `_token_term`
 
 The release differs from what is right, in places. Each is a field;
 `configs/scl.py:reference` sets them all:
@@ -42,7 +42,7 @@ import jax
 import jax.numpy as jnp
 
 from vlp_jax.errors import UserError
-from vlp_jax.losses import completion, contrastive, matching
+from vlp_jax.losses import captioning, completion, contrastive, matching
 from vlp_jax.methods import _towers
 from vlp_jax.methods._matcher import stack_rows, unstack_rows
 from vlp_jax.methods._pairs import PairMethod
@@ -362,11 +362,11 @@ class Scl(PairMethod):
 
   def _word_terms(self, params, tokens, words: HiddenWords):
     """MLM: the term, and its accuracy."""
-    tokens = masking.take(tokens, words.places)
-    logits = self.apply(params, "word_logits", tokens)
-    log_p = jax.nn.log_softmax(logits)
-    loss = -jnp.take_along_axis(log_p, words.labels[..., None], -1)[..., 0]
-    right = jnp.argmax(logits, axis=-1) == words.labels
+    loss, right = captioning.cross_entropy(
+      lambda x: self.apply(params, "word_logits", x),
+      masking.take(tokens, words.places),
+      words.labels,
+    )
     return (
       {"mlm": Mean.of(loss, words.weights)},
       {"mlm_accuracy": Mean.of(right, words.weights)},
