@@ -85,6 +85,18 @@ def test_hard_negatives_follow_their_softmax(scale):
     assert share[~admissible[row]].sum() == 0
 
 
+@pytest.mark.parametrize("same_image", [True, False])
+def test_admissible_negatives(same_image):
+  ids = np.array([[3, 1, 3, 2], [5, 5, 5, 5], [0, 1, 2, 3]])
+  expected = np.ones((3, 4, 4), bool)
+  for group, i, j in np.ndindex(expected.shape):
+    same = same_image and ids[group, i] == ids[group, j]
+    expected[group, i, j] = i != j and not same
+  found = matching.admissible(jnp.asarray(ids), same_image)
+  assert found.dtype == bool
+  np.testing.assert_array_equal(found, expected)
+
+
 def test_hard_negatives_without_noise_are_the_most_similar():
   similarity = RNG.standard_normal((2, 3, 3)).astype(np.float32)
   admissible = np.broadcast_to(~np.eye(3, dtype=bool), (2, 3, 3))

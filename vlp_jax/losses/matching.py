@@ -6,7 +6,24 @@ Li et al. 2021 ("Align before fuse", arXiv 2107.07651), section 3.2.
 import jax
 import jax.numpy as jnp
 
+from vlp_jax.losses import contrastive
 from vlp_jax.ops.attention import MASKED
+
+
+def admissible(image_id: jax.Array, same_image: bool) -> jax.Array:
+  """Says which pairs of a group may be negatives of which: never itself.
+
+  Args:
+    image_id: int32 `[G, g]`, of G groups of g pairs.
+    same_image: whether pairs of the same picture are left out, too.
+
+  Returns:
+    bool `[G, g, g]`, symmetric.
+  """
+  if same_image:
+    return jax.vmap(contrastive.negatives)(image_id)
+  size = image_id.shape[1]
+  return jnp.broadcast_to(~jnp.eye(size, dtype=bool), (*image_id.shape, size))
 
 
 def hard_negatives(

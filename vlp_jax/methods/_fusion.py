@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vlp_jax.losses import contrastive, distillation, matching
+from vlp_jax.losses import distillation, matching
 from vlp_jax.methods import _start
 from vlp_jax.methods._matcher import Matcher, stack_rows, unstack_rows
 from vlp_jax.methods.base import Batch, Coupled, Mean, Params
@@ -206,10 +206,7 @@ class FusionMethod(Matcher):
     def groups(x):
       return x.reshape(-1, g, *x.shape[1:])
 
-    ids = groups(image_id)
-    admissible = jnp.broadcast_to(~jnp.eye(g, dtype=bool), (*ids.shape, g))
-    if self.same_image:
-      admissible &= jax.vmap(contrastive.negatives)(ids)
+    admissible = matching.admissible(groups(image_id), self.same_image)
 
     def draw(query, key, noise):
       similarity = jnp.einsum("gie,gje->gij", groups(query), groups(key))

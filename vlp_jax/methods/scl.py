@@ -313,9 +313,7 @@ class Scl(PairMethod):
     """
     g = self.match_group
     ids = batch["image_id"].reshape(-1, g)
-    admissible = jnp.broadcast_to(~jnp.eye(g, dtype=bool), (*ids.shape, g))
-    if self.same_image:
-      admissible &= jax.vmap(contrastive.negatives)(ids)
+    admissible = matching.admissible(ids, self.same_image)
     similarity = jnp.zeros(admissible.shape)
     if self.negatives == "hard":
       image, text = (
