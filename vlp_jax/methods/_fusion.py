@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from vlp_jax.losses import distillation, matching
-from vlp_jax.methods import _start
 from vlp_jax.methods._matcher import Matcher, stack_rows, unstack_rows
 from vlp_jax.methods.base import Batch, Coupled, Mean, Params
 from vlp_jax.models.transformer import take_rows
@@ -46,7 +45,7 @@ class FusionMethod(Matcher):
       (in ALBEF's and SIMLA's releases they are not).
     teacher_dropout: whether the teacher's dropout is on (in the releases it
       is).
-    start_file: parameters that a new run starts from; see `_start.load`.
+    start_file: see `ModuleMethod`.
   """
 
   match_group: int
@@ -65,11 +64,9 @@ class FusionMethod(Matcher):
   def init(self, key: jax.Array, batch: Batch):
     """Makes parameters, and queues of random unit embeddings."""
     params_key, image_key, text_key = jax.random.split(key, 3)
-    variables = self.module.init(
-      params_key, batch["image"], batch["text"], batch["text_len"]
-    )
+    params, _ = super().init(params_key, batch)
     if not self.queue_size:
-      return variables["params"], {}
+      return params, {}
     shape = (self.queue_size, self.module.image_projection.features)
 
     def draw(key):
@@ -82,14 +79,7 @@ class FusionMethod(Matcher):
       "queue_id": jnp.full((self.queue_size,), -1, jnp.int32),
       "queue_pointer": jnp.int32(0),
     }
-    return variables["params"], state
-
-  def start(self, params, method_state, pictures):
-    """Puts in the parameters of `start_file`."""
-    del pictures
-    if self.start_file:
-      params = _start.load(params, self.start_file)
-    return params, method_state
+    return params, state
 
   def project(self, params: Params) -> Params:
     """Keeps the temperature between 0.001 and 0.5."""

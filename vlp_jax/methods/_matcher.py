@@ -10,34 +10,20 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
-from vlp_jax.methods.base import Batch, Params
+from vlp_jax.methods.base import Batch, ModuleMethod, Params
 from vlp_jax.ops import masks
 
 
 @dataclasses.dataclass(frozen=True)
-class Matcher:
+class Matcher(ModuleMethod):
   """The capabilities of such a method.
 
   Attributes:
-    module: the linen module; its parameters are the method's.
     grounding_layer: whose cross-attention `patch_text_map` reads, from 0.
   """
 
-  module: nn.Module
   grounding_layer: int
-
-  def apply(self, params: Params, name: str, *args, dropout=None, **kwargs):
-    """Calls a method of the module, by name; with a key, dropout is on."""
-    rngs = None if dropout is None else {"dropout": dropout}
-    return self.module.apply(
-      {"params": params}, *args, method=name, rngs=rngs, **kwargs
-    )
-
-  def encode_image(self, params: Params, batch: Batch) -> jax.Array:
-    """Embeds `batch["image"]`: float32 `[B, E]`, of unit length."""
-    return self.apply(params, "encode_image", batch["image"])
 
   def encode_text(self, params: Params, batch: Batch) -> jax.Array:
     """Embeds `batch["text"]`: float32 `[B, E]`, of unit length."""

@@ -6,55 +6,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
-from vlp_jax.methods import _start
-from vlp_jax.methods.base import Batch, Params
+from vlp_jax.methods.base import Batch, ModuleMethod, Params
 from vlp_jax.models.two_stream import Seen
 from vlp_jax.ops import masks
 
 
 @dataclasses.dataclass(frozen=True)
-class PairMethod:
-  """The capabilities of such a method; pictures may be clips.
-
-  Attributes:
-    module: the linen module; its parameters are the method's.
-    start_file: parameters that a new run starts from; see `_start.load`.
-  """
-
-  module: nn.Module
-  start_file: str
-  uses_ema = False
-
-  def apply(self, params: Params, name: str, *args, dropout=None, **kwargs):
-    """Calls a method of the module, by name; with a key, dropout is on."""
-    rngs = None if dropout is None else {"dropout": dropout}
-    return self.module.apply(
-      {"params": params}, *args, method=name, rngs=rngs, **kwargs
-    )
-
-  def init(self, key: jax.Array, batch: Batch):
-    """Makes parameters, and no state."""
-    variables = self.module.init(
-      key, batch["image"], batch["text"], batch["text_len"]
-    )
-    return variables["params"], {}
-
-  def start(self, params, method_state, pictures):
-    """Puts in the parameters of `start_file`."""
-    del pictures
-    if self.start_file:
-      params = _start.load(params, self.start_file)
-    return params, method_state
-
-  def encode_image(self, params: Params, batch: Batch) -> jax.Array:
-    """Embeds `batch["image"]`: float32 `[B, E]`, of unit length."""
-    return self.apply(params, "encode_image", batch["image"])
-
-  def encode_text(self, params: Params, batch: Batch) -> jax.Array:
-    """Embeds `batch["text"]`: float32 `[B, E]`, of unit length."""
-    return self.apply(params, "encode_text", batch["text"], batch["text_len"])
+class PairMethod(ModuleMethod):
+  """The capabilities of such a method; pictures may be clips."""
 
   def match_state(self, params: Params, batch: Batch) -> Seen:
     """Encodes pictures alone: all that fusion needs of them."""

@@ -22,6 +22,7 @@ from flax import linen as nn
 
 from vlp_jax.errors import UserError
 from vlp_jax.losses import captioning
+from vlp_jax.methods import _start
 
 Batch = Mapping[str, jax.Array]
 Params = Any
@@ -148,20 +149,25 @@ class Method(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class DualEncoderMethod:
-  """What every method does whose module is a `models.DualEncoder`.
+class ModuleMethod:
+  """What every method does that is built around one linen module.
 
   Attributes:
     module: the linen module; its parameters are the method's.
+    start_file: parameters that a new run starts from, see `_start.load`; a
+      field of those methods whose config has `model.start`.
   """
 
   module: nn.Module
-  match_group = 1
+  start_file = ""
   uses_ema = False
 
-  def apply(self, params: Params, name: str, *args):
-    """Calls a method of the module, by name."""
-    return self.module.apply({"params": params}, *args, method=name)
+  def apply(self, params: Params, name: str, *args, dropout=None, **kwargs):
+    """Calls a method of the module, by name; with a key, dropout is on."""
+    rngs = None if dropout is None else {"dropout": dropout}
+    return self.module.apply(
+      {"params": params}, *args, method=name, rngs=rngs, **kwargs
+    )
 
   def init(self, key: jax.Array, batch: Batch) -> tuple[Params, MethodState]:
     """Makes parameters, and no state."""
@@ -171,17 +177,11 @@ class DualEncoderMethod:
     return variables["params"], {}
 
   def start(self, params, method_state, pictures):
-    """Changes nothing."""
+    """Puts in the parameters of `start_file`, if there is one."""
     del pictures
+    if self.start_file:
+      params = _start.load(params, self.start_file)
     return params, method_state
-
-  def project(self, params: Params) -> Params:
-    """Keeps the inverse temperature between 1 and 100, as CLIP does."""
-    temperature = dict(params["temperature"])
-    temperature["logit_scale"] = jnp.clip(
-      temperature["logit_scale"], 0, np.log(100)
-    )
-    return {**params, "temperature": temperature}
 
   def encode_image(self, params: Params, batch: Batch) -> jax.Array:
     """Embeds `batch["image"]`: float32 `[B, E]`, of unit length."""
@@ -190,6 +190,21 @@ class DualEncoderMethod:
   def encode_text(self, params: Params, batch: Batch) -> jax.Array:
     """Embeds `batch["text"]`: float32 `[B, E]`, of unit length."""
     return self.apply(params, "encode_text", batch["text"], batch["text_len"])
+
+
+@dataclasses.dataclass(frozen=True)
+class DualEncoderMethod(ModuleMethod):
+  """What every method does whose module is a `models.DualEncoder`."""
+
+  match_group = 1
+
+  def project(self, params: Params) -> Params:
+    """Keeps the inverse temperature between 1 and 100, as CLIP does."""
+    temperature = dict(params["temperature"])
+    temperature["logit_scale"] = jnp.clip(
+      temperature["logit_scale"], 0, np.log(100)
+    )
+    return {**params, "temperature": temperature}
 
   @property
   def readouts(self) -> tuple[str, ...]:

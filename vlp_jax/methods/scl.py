@@ -99,6 +99,7 @@ class Scl(PairMethod):
     negatives: how ITM draws other pictures: `random`, or `hard`, by CL's
       similarities.
     contrastive_grad_scale: see above, as the next four.
+    start_file: see `ModuleMethod`.
   """
 
   match_group: int
@@ -121,6 +122,7 @@ class Scl(PairMethod):
   word_pool: str = "words"
   text_mask: str = "exact"
   keep_temperature: bool = True
+  start_file: str = ""
 
   # --- The step ---------------------------------------------------------------
 
