@@ -44,6 +44,7 @@ def tiny(config):
 def debug(config):
   tiny(config)
   presets.debug(config)
+  config.method.visual_vocab_size = 32
 
 
 def b16(config):

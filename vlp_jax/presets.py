@@ -74,8 +74,6 @@ def debug(config: ConfigDict) -> None:
     evaluation.every_steps = min(evaluation.every_steps, 4)
     if "k" in evaluation:
       evaluation.k = 4
-  if "visual_vocab_size" in config.method:
-    config.method.visual_vocab_size = 32
 
 
 # The fields that evaluators have beside the common ones, here to be overridden.
@@ -145,25 +143,31 @@ def fusion(config: ConfigDict) -> None:
   )
 
 
-def fusion_tiny(config: ConfigDict) -> None:
-  """`tiny` for a vision tower and a single-stream encoder."""
+def _matching_tiny(config: ConfigDict) -> None:
+  """`tiny` for methods with matching: half the batch, and its rates."""
   tiny(config)
   vision = config.model.vision
-  del vision.cls_token, vision.pre_norm, config.model.text, config.model.pooler
+  del vision.cls_token, vision.pre_norm, config.model.pooler
+  config.batch_size = 32
+  config.optimizer.update(learning_rate=8.5e-4, muon_learning_rate=0.0045)
+  # A step of the others' size is a tenth of the temperature.
+  config.optimizer.multipliers = '{"temperature": 0.3}'
+  config.evals = scenes_evals(captions=False, matching=True)
+
+
+def fusion_tiny(config: ConfigDict) -> None:
+  """`tiny` for a vision tower and a single-stream encoder."""
+  _matching_tiny(config)
+  del config.model.text
   config.model.start = ""  # an .npz file of `vlp_jax.convert.albef`
   config.model.init = "clip"  # N(0, 0.02^2) is made for a width of 768
   config.model.stream = ConfigDict(
     tower(96, 3, 2, text_depth=0, max_len=65, dropout=0.0)
   )
-  config.batch_size = 32
-  config.optimizer.update(learning_rate=8.5e-4, muon_learning_rate=0.0045)
   config.ema.decay = 0.98  # of 50 steps: a short run cannot wait for 200
   # The batch alone is contrasted: while all embeddings still move fast, those
   # of a queue are told from fresh ones by their age, not by what they show.
   config.method.update(alpha_ramp_steps=300, queue_size=0, grounding_layer=1)
-  # A step of the others' size is a tenth of the temperature.
-  config.optimizer.multipliers = '{"temperature": 0.3}'
-  config.evals = scenes_evals(captions=False, matching=True)
 
 
 def fusion_at_scale(config: ConfigDict) -> None:
@@ -202,18 +206,13 @@ def fusion_at_scale(config: ConfigDict) -> None:
 
 def two_streams_tiny(config: ConfigDict) -> None:
   """`tiny` for a vision tower, a text tower and two streams."""
-  tiny(config)
+  _matching_tiny(config)
   model = config.model
-  del model.vision.cls_token, model.vision.pre_norm, model.pooler
   model.vision.update(activation="relu2", frames=16, frame_fill="zero")
   model.text = ConfigDict(tower(96, 2, 2, max_len=28, dropout=0.0))
   model.fusion = ConfigDict(tower(96, 2, 2, dropout=0.0))
   model.init = "clip"
   model.start = ""  # an .npz file of `vlp_jax.convert.scl`
-  config.batch_size = 32
-  config.optimizer.update(learning_rate=8.5e-4, muon_learning_rate=0.0045)
-  config.optimizer.multipliers = '{"temperature": 0.3}'
-  config.evals = scenes_evals(captions=False, matching=True)
 
 
 def two_streams_at_scale(config: ConfigDict) -> None:
