@@ -36,6 +36,8 @@ _STACK = "layers"
 # Matrices to or from the vocabulary are rows of a table rather than maps
 # between features: Muon leaves them to AdamW (Jordan 2024).
 _TABLE = "vocabulary"
+# Of `optimizer.multipliers`, for messages.
+_EXAMPLE = '{"temperature": 0.1, "matching": 5}'
 
 
 def make_optimizer(
@@ -137,6 +139,10 @@ def _scaled(peak: float, shape: Schedule) -> Schedule:
 # --- Optimizers -------------------------------------------------------------
 
 
+def _decays(c: ConfigDict) -> Callable[[Any], Any]:
+  return functools.partial(decay_mask, also=c.decay_also)
+
+
 def _adamw(c: ConfigDict, shape: Schedule) -> optax.GradientTransformation:
   return optax.adamw(
     _scaled(c.learning_rate, shape),
@@ -145,7 +151,7 @@ def _adamw(c: ConfigDict, shape: Schedule) -> optax.GradientTransformation:
     eps=c.eps,
     mu_dtype=c.mu_dtype,
     weight_decay=c.weight_decay,
-    mask=functools.partial(decay_mask, also=c.decay_also),
+    mask=_decays(c),
   )
 
 
@@ -156,7 +162,7 @@ def _lion(c: ConfigDict, shape: Schedule) -> optax.GradientTransformation:
     b2=c.b2,
     mu_dtype=c.mu_dtype,
     weight_decay=c.weight_decay,
-    mask=functools.partial(decay_mask, also=c.decay_also),
+    mask=_decays(c),
   )
 
 
@@ -174,9 +180,7 @@ def _adafactor(c: ConfigDict, shape: Schedule) -> optax.GradientTransformation:
     optax.scale_by_factored_rms(min_dim_size_to_factor=32),
     optax.clip_by_block_rms(1.0),
     momentum if c.b1 else optax.identity(),
-    optax.add_decayed_weights(
-      c.weight_decay, mask=functools.partial(decay_mask, also=c.decay_also)
-    ),
+    optax.add_decayed_weights(c.weight_decay, mask=_decays(c)),
     optax.scale_by_learning_rate(_scaled(c.learning_rate, shape)),
   )
 
@@ -208,9 +212,6 @@ _OPTIMIZERS = {
   "lion": _lion,
   "muon": _muon,
 }
-
-
-_EXAMPLE = '{"temperature": 0.1, "matching": 5}'
 
 
 def _multiply(factors: Mapping[str, float]) -> optax.GradientTransformation:
