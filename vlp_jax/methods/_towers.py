@@ -78,6 +78,30 @@ def transformer(config, tower, **fields) -> Transformer:
   )
 
 
+def vision_tower(config, stack: Transformer, **fields) -> VisionTower:
+  """Builds the vision tower around a stack, for pictures of the data's size."""
+  vision = config.model.vision
+  check("model.vision.positions", vision.positions, POSITIONS)
+  check("model.vision.stem", vision.stem, STEMS)
+  if vision.stem == "hmlp" and vision.patch_size not in (4, 8, 16, 32):
+    raise UserError(
+      "config.model.vision.stem=hmlp needs config.model.vision.patch_size of "
+      f"4, 8, 16 or 32, not {vision.patch_size}"
+    )
+  if vision.positions == "sincos" and vision.width % 4:
+    raise UserError("sincos positions need config.model.vision.width % 4 == 0")
+  side = config.data.image_size // vision.patch_size
+  return VisionTower(
+    patch_size=vision.patch_size,
+    grid=(side, side),
+    transformer=stack,
+    stem=vision.stem,
+    positions=vision.positions,
+    dtype=dtype(config),
+    **fields,
+  )
+
+
 def dual_encoder(config, *, bias: float | None = None, scale: float = 1 / 0.07):
   """Returns the fields of `DualEncoder` as a dict.
 
@@ -87,18 +111,9 @@ def dual_encoder(config, *, bias: float | None = None, scale: float = 1 / 0.07):
     scale: the starting inverse temperature.
   """
   model, kind = config.model, dtype(config)
-  vision, side = model.vision, config.data.image_size // model.vision.patch_size
-  check("model.vision.positions", vision.positions, POSITIONS)
-  check("model.vision.stem", vision.stem, STEMS)
-  if vision.stem == "hmlp" and vision.patch_size not in (4, 8, 16, 32):
-    raise UserError(
-      "config.model.vision.stem=hmlp needs config.model.vision.patch_size of "
-      f"4, 8, 16 or 32, not {vision.patch_size}"
-    )
+  vision = model.vision
   check("model.text.pool", model.text.pool, POOLS)
   check("model.pooler.kind", model.pooler.kind, KINDS)
-  if vision.positions == "sincos" and vision.width % 4:
-    raise UserError("sincos positions need config.model.vision.width % 4 == 0")
   if model.pooler.kind in ("cls", "openclip") and not vision.cls_token:
     raise UserError(
       f"config.model.pooler.kind={model.pooler.kind} reads [CLS]: set "
@@ -113,15 +128,11 @@ def dual_encoder(config, *, bias: float | None = None, scale: float = 1 / 0.07):
       "(CoCa has 256)"
     )
   return dict(
-    vision=VisionTower(
-      patch_size=vision.patch_size,
-      grid=(side, side),
-      transformer=transformer(config, vision, scheme="torch"),
+    vision=vision_tower(
+      config,
+      transformer(config, vision, scheme="torch"),
       cls_token=vision.cls_token,
-      stem=vision.stem,
-      positions=vision.positions,
       pre_norm=vision.pre_norm,
-      dtype=kind,
     ),
     text=TextTower(
       vocab_size=config.tokenizer.vocab_size,
@@ -182,10 +193,7 @@ def fusion(config, *, mask_token: bool = False) -> dict:
   """
   model, kind = config.model, dtype(config)
   vision, text = model.vision, model.stream
-  check("model.vision.positions", vision.positions, POSITIONS)
-  check("model.vision.stem", vision.stem, STEMS)
   check("model.init", model.init, SCHEMES)
-  side = config.data.image_size // vision.patch_size
 
   def stack(depth, **fields):
     tower = text.copy_and_resolve_references()
@@ -201,17 +209,13 @@ def fusion(config, *, mask_token: bool = False) -> dict:
     )
 
   return dict(
-    vision=VisionTower(
-      patch_size=vision.patch_size,
-      grid=(side, side),
-      transformer=transformer(config, vision, epsilon=1e-6, scheme=model.init),
+    vision=vision_tower(
+      config,
+      transformer(config, vision, epsilon=1e-6, scheme=model.init),
       cls_token=True,
-      stem=vision.stem,
-      positions=vision.positions,
       pre_norm=False,
       stem_bias=True,
       mask_token=mask_token,
-      dtype=kind,
     ),
     stream=SingleStream(
       vocab_size=config.tokenizer.vocab_size,
@@ -241,12 +245,9 @@ def two_streams(config, *, mask_token: bool = False) -> dict:
   """
   model, kind = config.model, dtype(config)
   vision, text, fusion = model.vision, model.text, model.fusion
-  check("model.vision.positions", vision.positions, POSITIONS)
-  check("model.vision.stem", vision.stem, STEMS)
   check("model.vision.activation", vision.activation, tuple(ACTIVATIONS))
   check("model.vision.frame_fill", vision.frame_fill, FRAME_FILLS)
   check("model.init", model.init, SCHEMES)
-  side = config.data.image_size // vision.patch_size
   vocab_size = config.tokenizer.vocab_size
 
   def stack(tower, **fields):
@@ -260,18 +261,14 @@ def two_streams(config, *, mask_token: bool = False) -> dict:
     )
 
   return dict(
-    vision=VisionTower(
-      patch_size=vision.patch_size,
-      grid=(side, side),
-      transformer=transformer(config, vision, activation=vision.activation),
+    vision=vision_tower(
+      config,
+      transformer(config, vision, activation=vision.activation),
       cls_token=True,
-      stem=vision.stem,
-      positions=vision.positions,
       pre_norm=True,
       mask_token=mask_token,
       frames=vision.frames,
       frame_fill=vision.frame_fill,
-      dtype=kind,
     ),
     text=BidirectionalText(
       vocab_size, text.max_len, stack(text), text.dropout, kind
