@@ -318,17 +318,32 @@ def test_negatives():
   np.testing.assert_array_equal(texts, [[1, 0, 0]])
 
 
-def keywords_of_the_teacher():
-  """Attention of the first token, in the teacher, to whole captions."""
+@functools.cache
+def passes_of_the_teacher(hidden, whole):
+  """What the teacher makes of hidden words (at no picture) and of captions."""
   batch, _, _, _ = inputs()
   built, ema = method(), teacher()
   x = built.apply(ema, "embed_text", batch["text"])
   patches = built.apply(params(), "see", batch["image"])
-  whole = patches, x
-  _, attention = built._teach(
-    ema, (jnp.zeros_like(patches), x), whole, batch["text_len"], None
-  )
-  return attention
+  hidden = (jnp.zeros_like(patches), x) if hidden else None
+  whole = (patches, x) if whole else None
+  return built._teach(ema, hidden, whole, batch["text_len"], None)
+
+
+def keywords_of_the_teacher():
+  """Attention of the first token, in the teacher, to whole captions."""
+  return passes_of_the_teacher(True, True)[1]
+
+
+def test_a_pass_that_is_not_asked_for_is_not_run():
+  filled, attention = passes_of_the_teacher(True, True)
+  only_filled, nothing = passes_of_the_teacher(True, False)
+  np.testing.assert_allclose(only_filled, filled, atol=1e-5)
+  assert nothing is None
+  nothing, only_attention = passes_of_the_teacher(False, True)
+  np.testing.assert_allclose(only_attention, attention, atol=1e-6)
+  assert nothing is None
+  assert passes_of_the_teacher(False, False) == (None, None)
 
 
 def test_votes_and_keywords():

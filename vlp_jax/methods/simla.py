@@ -177,8 +177,8 @@ class Simla(FusionMethod):
     seen = patches if self.keyword_image == "student" else teacher_patches
     teacher_fused, attention = self._teach(
       ema,
-      (teacher_patches, teacher_hidden),
-      (seen, teacher_embedded),
+      (teacher_patches, teacher_hidden) if self.word_weight else None,
+      (seen, teacher_embedded) if self.keyword_weight else None,
       text_len,
       teacher_key(2),
     )
@@ -236,9 +236,9 @@ class Simla(FusionMethod):
 
     Args:
       ema: the teacher's parameters.
-      hidden: patches, and embedded captions with hidden words; not run where
-        `word_weight` is 0.
-      whole: patches, and embedded captions; not run where `keyword_weight` is.
+      hidden: patches, and embedded captions with hidden words; None if they
+        are not to be run.
+      whole: patches, and embedded captions; or None.
       text_len: int32 `[B]`.
       key: of dropout, or None.
 
@@ -247,8 +247,7 @@ class Simla(FusionMethod):
       ones attends to in the last layer, `[B, heads, L]`. None for what was not
       run.
     """
-    passes = [hidden] * bool(self.word_weight)
-    passes += [whole] * bool(self.keyword_weight)
+    passes = [x for x in (hidden, whole) if x is not None]
     if not passes:
       return None, None
     (patches, _), (seen, _) = passes[0], passes[-1]
@@ -263,12 +262,12 @@ class Simla(FusionMethod):
       self.apply(ema, "project", patches),
       rows,
       dropout=key,
-      mutable=["self_attention"] * bool(self.keyword_weight),
+      mutable=[] if whole is None else ["self_attention"],
     )
     filled = attention = None
-    if self.word_weight:
+    if hidden is not None:
       filled = unstack_rows(fused, len(passes))[0]
-    if self.keyword_weight:
+    if whole is not None:
       layers = sown["self_attention"]["stream"]["transformer"]["layers"]
       (maps,) = layers["self_attention"]["map"]
       attention = unstack_rows(maps[-1, :, :, 0], len(passes))[-1]
@@ -362,9 +361,7 @@ class Simla(FusionMethod):
     text, text_len = shorten(batch["text"], batch["text_len"])
     patches = self.apply(params, "see", batch["image"])
     x = self.apply(params, "embed_text", text)
-    _, attention = self._teach(
-      params, (patches, x), (patches, x), text_len, None
-    )
+    _, attention = self._teach(params, None, (patches, x), text_len, None)
     ids, counted = self._choose(attention, text, text_len)
     logits = self.apply(params, "keyword_logits", patches)
     present = keywords.multi_hot(
