@@ -16,26 +16,27 @@ def tokens(
   weights: jax.Array,
   pair_id: jax.Array,
   temperature: float,
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
   """InfoNCE of tokens in both directions, summed.
 
   A token's negatives are the other tokens of its own pair, and those of pairs
   with another id.
 
   Args:
-    recovered: `[G, g, K, D]`: of G groups of g pairs, K tokens each.
+    recovered: unit vectors `[G, g, K, D]`: of G groups of g pairs, K tokens
+      each.
     complete: the same tokens, given all of the pair; no gradient reaches them.
     weights: float `[G, g, K]`, 0 for places without a token.
     pair_id: int32 `[G, g]`.
     temperature: that cosines are divided by.
 
   Returns:
-    The loss of each token and its weight, `[G, g K]`.
+    The loss of each token, `[G, g K]`; without meaning where there is none.
   """
   groups, pairs, count, _ = recovered.shape
   rows = (groups, pairs * count)
   complete = jax.lax.stop_gradient(complete)
-  a, b = (_unit(x).reshape(*rows, -1) for x in (recovered, complete))
+  a, b = (x.reshape(*rows, -1) for x in (recovered, complete))
   logits = jnp.einsum("gik,gjk->gij", a, b) / temperature
   pair = jnp.repeat(jnp.arange(pairs), count)
   ids = jnp.repeat(pair_id, count, axis=1)
@@ -45,10 +46,4 @@ def tokens(
   seen = (negative & real[:, :, None] & real[:, None]) | partner
   logits = jnp.where(seen, logits, MASKED)
   positive = jnp.diagonal(logits, axis1=1, axis2=2)
-  loss = sum(jax.nn.logsumexp(logits, axis=a) - positive for a in (1, 2))
-  return loss, weights.reshape(rows)
-
-
-def _unit(x: jax.Array) -> jax.Array:
-  x = x.astype(jnp.float32)
-  return x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-8)
+  return sum(jax.nn.logsumexp(logits, axis=a) - positive for a in (1, 2))

@@ -178,12 +178,13 @@ class Scl(PairMethod):
     if self.vision_weight or self.language_weight or self.token_weight:
       short = self.apply(params, "see", patches, draws.keep)
       (whole,) = self._fuse(params, [(text, short)], text_len, key(2))
-      shared |= {
-        "image_part": unit(whole[1].frames.astype(jnp.float32)),
-        "image_whole": unit(from_part[1].frames.astype(jnp.float32)),
-        "text_part": unit(from_part[0][:, 0].astype(jnp.float32)),
-        "text_whole": unit(whole[0][:, 0].astype(jnp.float32)),
+      sides = {
+        "image_part": whole[1].frames,
+        "image_whole": from_part[1].frames,
+        "text_part": from_part[0][:, 0],
+        "text_whole": whole[0][:, 0],
       }
+      shared |= {name: _direction(x) for name, x in sides.items()}
     ids = batch["image_id"]
     if self.token_weight:
       places, weights = draws.part.places, draws.part.weights
@@ -321,9 +322,8 @@ class Scl(PairMethod):
       image, text = (
         shared[name].reshape(*ids.shape, -1) for name in ("image", "text")
       )
-      similarity = jnp.einsum("gie,gje->gij", text, image) / self.divisor(
-        params
-      )
+      similarity = jnp.einsum("gie,gje->gij", text, image)
+      similarity /= self.divisor(params)
     other, exists = matching.hard_negatives(
       similarity, admissible, draws.noise.reshape(admissible.shape)
     )
@@ -355,10 +355,8 @@ class Scl(PairMethod):
     """ITM: the term, and its accuracy."""
     logits = self.apply(params, "match_logits", *fused)
     right = jnp.argmax(logits, axis=-1) == match
-    return (
-      {"itm": Mean.of(matching.match_loss(logits, match))},
-      {"itm_accuracy": Mean.of(right)},
-    )
+    term = Mean.of(matching.match_loss(logits, match))
+    return {"itm": term}, {"itm_accuracy": Mean.of(right)}
 
   def _word_terms(self, params, tokens, words: HiddenWords):
     """MLM: the term, and its accuracy."""
@@ -378,17 +376,19 @@ class Scl(PairMethod):
     ids = image_id.reshape(-1, g)
     if not self.same_image:
       ids = jnp.broadcast_to(jnp.arange(g), ids.shape)
-    groups = [
-      x.reshape(-1, g, *x.shape[1:]) for x in (recovered, complete, weights)
-    ]
-    return Mean.of(
-      *completion.tokens(*groups, ids, self.completion_temperature)
-    )
+    sides = (_direction(recovered), _direction(complete), weights)
+    groups = [x.reshape(-1, g, *x.shape[1:]) for x in sides]
+    loss = completion.tokens(*groups, ids, self.completion_temperature)
+    return Mean.of(loss, weights.reshape(loss.shape))
 
   def _scaled(self, loss):
     """Scales a loss's gradient, and not its value."""
     scale = self.contrastive_grad_scale
     return scale * loss + (1 - scale) * jax.lax.stop_gradient(loss)
+
+
+def _direction(x: jax.Array) -> jax.Array:
+  return unit(x.astype(jnp.float32))
 
 
 def _patches_at(seen: Seen, places: jax.Array) -> jax.Array:
