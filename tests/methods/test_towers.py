@@ -1,5 +1,9 @@
-"""What every method asks of its towers, before anything is built."""
+"""What every method asks of its towers; which of them take clips."""
 
+import functools
+
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tests import toys
@@ -27,3 +31,79 @@ def test_vision_sections_are_checked(name, item, message):
     items.append("model.stream.width=18")
   with pytest.raises(UserError, match=message):
     toys.method(name, *items)
+
+
+# --- Clips --------------------------------------------------------------------
+
+FRAMES = 3
+CLIPS = {
+  "clip": ("clip",),
+  "coca": ("coca", *toys.CLS),
+  "albef": ("albef",),
+}
+OPENCLIP = ("model.pooler.kind=openclip", "model.pooler.num_queries=2")
+REFUSE = ("simla", "sycoca")
+
+
+def test_every_method_takes_clips_or_refuses_them():
+  # What SCL does with clips, tests/methods/test_scl.py holds.
+  assert {name for name, *_ in CLIPS.values()} | {*REFUSE, "scl"} == {*METHODS}
+
+
+@pytest.mark.parametrize("name", REFUSE)
+@pytest.mark.parametrize("frames", [1, FRAMES])
+def test_what_rebuilds_patches_refuses_clips(name, frames):
+  match = f"config.data.num_frames={frames}: {name} .* set it to 0"
+  with pytest.raises(UserError, match=match) as error:
+    toys.method(name, f"data.num_frames={frames}")
+  assert "\n" not in str(error.value)
+  toys.method(name, "data.num_frames=0")
+
+
+def _parts(method, params, batch):
+  """What a method makes of pictures or clips, and its loss's own parts."""
+  found = {"embedding": method.encode_image(params, batch)}
+  if hasattr(method, "caption_score"):
+    found["caption"] = method.caption_score(params, batch)
+  if hasattr(method, "match_score"):
+    found["match"] = method.match_score(
+      params,
+      method.match_state(params, batch),
+      batch["text"][:, None],
+      batch["text_len"][:, None],
+    )
+  for readout in method.readouts:
+    # A value's share of a clip's frames varies with them; its order does not.
+    rows = method.patch_text_map(params, batch, readout)
+    found[readout] = rows / jnp.max(jnp.abs(rows))
+  return found
+
+
+@pytest.mark.parametrize("name", CLIPS.values(), ids=CLIPS)
+def test_clips_of_still_pictures_are_as_pictures(name):
+  method, params = toys.method(*name), toys.params(*name)
+  run = toys.jit(functools.partial(_parts, method))
+  batch = toys.batch()
+  still = np.repeat(batch["image"][:, None], FRAMES, axis=1)
+  expected, found = run(params, batch), run(params, {**batch, "image": still})
+  assert len(expected) > 1
+  for part, value in expected.items():
+    np.testing.assert_allclose(
+      found[part], value, rtol=1e-5, atol=1e-5, err_msg=part
+    )
+
+
+@pytest.mark.parametrize(
+  "name", [*CLIPS.values(), ("clip", *toys.CLS, *OPENCLIP)], ids=str
+)
+def test_embeddings_see_every_frame(name):
+  method, params = toys.method(*name), toys.params(*name)
+  encode = toys.jit(lambda x: method.encode_image(params, {"image": x}))
+  shape = (2, FRAMES, toys.IMAGE, toys.IMAGE, 3)
+  image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+  usual = encode(image)
+  np.testing.assert_allclose(encode(image[:, ::-1]), usual, atol=1e-6)
+  for frame in range(FRAMES):
+    other = image.copy()
+    other[:, frame] = 255 - other[:, frame]
+    assert np.abs(encode(other) - usual).max() > 1e-3

@@ -31,7 +31,10 @@ class Matcher(ModuleMethod):
     return self.apply(params, "encode_text", text, text_len)
 
   def match_state(self, params: Params, batch: Batch):
-    """Keys and values of pictures: two of `[B, layers, 1 + N, heads, H]`."""
+    """Keys and values of pictures or clips: `[B, layers, S, heads, H]` twice.
+
+    S is F (1 + N), each frame's [CLS] first; of a picture F is 1.
+    """
     patches = self.apply(params, "see", batch["image"])
     keys_values = self.apply(params, "project", patches)
     return jax.tree.map(lambda x: x.swapaxes(0, 1), keys_values)
@@ -78,7 +81,8 @@ class Matcher(ModuleMethod):
 
     Args:
       params: parameters.
-      batch: `image`, `text` and `text_len`.
+      batch: `image` (of clips, the mean of the frames' maps), `text` and
+        `text_len`.
       readout: `gradcam`.
       token_mask: bool `[B, L]`, the tokens that are averaged over; None takes
         all real ones.
@@ -92,28 +96,27 @@ class Matcher(ModuleMethod):
       params, batch["image"], text, text_len
     )
     cam = attention * jax.nn.relu(gradient)
-    cam = jnp.mean(cam, axis=1)[:, :, 1:]  # heads; the picture's [CLS]
+    frames = batch["image"].shape[1] if batch["image"].ndim == 5 else 1
+    cam = jnp.mean(cam, axis=1)[:, :, frames:]  # heads; each frame's [CLS]
     weights = masks.valid(text_len, text.shape[1])
     if token_mask is not None:
       weights &= token_mask[:, : text.shape[1]]
     cam = jnp.einsum("bln,bl->bn", cam, weights.astype(jnp.float32))
-    height, width = batch["image"].shape[-3:-1]
-    size = self.module.vision.patch_size
-    return cam.reshape(len(cam), height // size, width // size)
+    return self._grid(cam, batch)
 
   def attention_gradient(self, params, image, text, text_len, delta=None):
     """Returns cross-attention of `grounding_layer`, and its gradient.
 
     Args:
       params: parameters.
-      image: uint8 `[B, H, W, 3]`.
+      image: uint8 `[B, H, W, 3]`, or `[B, F, H, W, 3]`.
       text: int32 `[B, L]`, without an end symbol.
       text_len: int32 `[B]`.
-      delta: `[layers, B, heads, L, 1 + N]`, added to the probabilities; None
-        adds nothing.
+      delta: `[layers, B, heads, L, S]`, added to the probabilities, with S as
+        in `match_state`; None adds nothing.
 
     Returns:
-      `[B, heads, L, 1 + N]` each: the probabilities before `delta`, and the
+      `[B, heads, L, S]` each: the probabilities before `delta`, and the
       gradient of each pair's logit of a match.
     """
     patches = self.apply(params, "see", image)

@@ -69,7 +69,7 @@ class PairMethod(ModuleMethod):
       float32 `[B, rows, columns]`; only the order of its values has meaning.
     """
     del readout
-    image, text, text_len = batch["image"], batch["text"], batch["text_len"]
+    text, text_len = batch["text"], batch["text_len"]
     tokens = self.apply(params, "read", text, text_len)
     seen = self.match_state(params, batch)
     _, sown = self.apply(
@@ -82,7 +82,4 @@ class PairMethod(ModuleMethod):
     if token_mask is not None:
       rows = token_mask & masks.valid(text_len, text.shape[1])
     found = jnp.einsum("bls,bl->bs", found, rows.astype(jnp.float32))
-    height, width = image.shape[-3:-1]
-    size, frames = self.module.vision.patch_size, seen.frames.shape[1]
-    grid = (frames, height // size, width // size)
-    return jnp.mean(found[:, frames:].reshape(len(found), *grid), axis=1)
+    return self._grid(found[:, seen.frames.shape[1] :], batch)

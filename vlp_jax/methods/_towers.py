@@ -48,6 +48,16 @@ def check(field: str, value: str, allowed: Sequence[str]) -> None:
     )
 
 
+def check_pictures(config) -> None:
+  """Raises a `UserError` for clips: what rebuilds patches has no frames."""
+  if config.data.num_frames:
+    raise UserError(
+      f"config.data.num_frames={config.data.num_frames}: {config.method.name} "
+      "hides and rebuilds patches of pictures, not of clips; set it to 0, or "
+      "train scl, albef, coca or clip, which take clips"
+    )
+
+
 def dtype(config):
   """The dtype of matrix products: `auto` is float32 on a CPU, else bfloat16."""
   name = config.model.dtype

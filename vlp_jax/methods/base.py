@@ -191,6 +191,13 @@ class ModuleMethod:
     """Embeds `batch["text"]`: float32 `[B, E]`, of unit length."""
     return self.apply(params, "encode_text", batch["text"], batch["text_len"])
 
+  def _grid(self, values: jax.Array, batch: Batch) -> jax.Array:
+    """Puts `[B, F N]`, a value a patch, in place: the mean of the frames."""
+    height, width = batch["image"].shape[-3:-1]
+    size = self.module.vision.patch_size
+    grid = (-1, height // size, width // size)
+    return jnp.mean(values.reshape(len(values), *grid), axis=1)
+
 
 @dataclasses.dataclass(frozen=True)
 class DualEncoderMethod(ModuleMethod):
@@ -223,7 +230,8 @@ class DualEncoderMethod(ModuleMethod):
 
     Args:
       params: parameters.
-      batch: `image`, `text` and `text_len`.
+      batch: `image` (of clips, the mean of the frames' maps), `text` and
+        `text_len`.
       readout: one of `readouts`. `contribution`: what each patch adds to the
         similarity of picture and caption. `cosine`: of each patch with the
         caption. `cross_attention`: where the decoder looks while it writes.
@@ -236,11 +244,6 @@ class DualEncoderMethod(ModuleMethod):
     names = {"contribution": "patch_contributions", "cosine": "patch_cosines"}
     args = (batch["image"], batch["text"], batch["text_len"])
     return self._grid(self.apply(params, names[readout], *args), batch)
-
-  def _grid(self, values: jax.Array, batch: Batch) -> jax.Array:
-    height, width = batch["image"].shape[-3:-1]
-    size = self.module.vision.patch_size
-    return values.reshape(len(values), height // size, width // size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -377,6 +377,7 @@ class Simla(FusionMethod):
 
 def build(config) -> Simla:
   """Builds SIMLA from `config.model` and `config.method`."""
+  _towers.check_pictures(config)
   options = _towers.fusion_options(config)
   for field, allowed in (
     ("mlm_axis", tuple(AXES)),

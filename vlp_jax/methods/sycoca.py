@@ -297,6 +297,7 @@ def relevance(
 
 def build(config) -> SyCoCa:
   """Builds SyCoCa from `config.model` and `config.method`."""
+  _towers.check_pictures(config)
   options = {k: v for k, v in config.method.items() if k != "name"}
   for field, allowed in (
     ("score", SCORES),

@@ -44,14 +44,18 @@ class FusionEncoder(nn.Module):
     )
 
   def see(self, image: jax.Array, hidden: jax.Array | None = None) -> jax.Array:
-    """Encodes pictures.
+    """Encodes pictures or, where no patch is hidden, clips.
+
+    The [CLS] of each frame sees all frames. Without temporal positions they are
+    all the same, so that the first one stands for the clip.
 
     Args:
-      image: uint8 `[B, H, W, 3]`.
+      image: uint8 `[B, H, W, 3]`, or `[B, F, H, W, 3]`.
       hidden: bool `[B, N]`, the patches that are hidden, or None.
 
     Returns:
-      `[B, 1 + N, D]`, [CLS] first, after the final norm.
+      `[B, 1 + N, D]`, or `[B, F + F N, D]`: [CLS] first, one a frame, after the
+      final norm.
     """
     tokens = self.vision.encode(self.vision.embed(image, hidden))
     return self.vision_norm(jnp.concatenate(tokens, axis=1))

@@ -138,7 +138,9 @@ class ImagePool(nn.Module):
     """Pools.
 
     Args:
-      cls: `[B, 1, D]`, or None where the kind needs none.
+      cls: `[B, F, D]`, or None where the kind needs none. Of the frames of a
+        clip each has one, which has seen all, and without temporal positions
+        they are the same: the first is read.
       patches: `[B, K, D]`, all of the encoder's output or a part of it.
 
     Returns:
