@@ -52,9 +52,9 @@ def check_pictures(config) -> None:
   """Raises a `UserError` for clips: what rebuilds patches has no frames."""
   if config.data.num_frames:
     raise UserError(
-      f"config.data.num_frames={config.data.num_frames}: {config.method.name} "
-      "hides and rebuilds patches of pictures, not of clips; set it to 0, or "
-      "train scl, albef, coca or clip, which take clips"
+      f"{config.method.name} hides and rebuilds patches of pictures, not of "
+      "clips: set config.data.num_frames=0 and config.clips.share=0, or train "
+      "scl, albef, coca or clip, which take clips"
     )
 
 
