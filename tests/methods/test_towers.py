@@ -53,7 +53,7 @@ def test_every_method_takes_clips_or_refuses_them():
 @pytest.mark.parametrize("name", REFUSE)
 @pytest.mark.parametrize("frames", [1, FRAMES])
 def test_what_rebuilds_patches_refuses_clips(name, frames):
-  match = f"config.data.num_frames={frames}: {name} .* set it to 0"
+  match = f"^{name} .* config.data.num_frames=0 and config.clips.share=0"
   with pytest.raises(UserError, match=match) as error:
     toys.method(name, f"data.num_frames={frames}")
   assert "\n" not in str(error.value)
