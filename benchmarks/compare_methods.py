@@ -2,8 +2,10 @@
 
   python benchmarks/compare_methods.py --minutes=7 --output=runs/compare
   python benchmarks/compare_methods.py --table=matching --output=runs/matching
+  python benchmarks/compare_methods.py --table=completion --output=runs/scl
 
-The first compares captioners, the second ALBEF and SIMLA.
+The first compares captioners, the second ALBEF and SIMLA, the third SCL with
+and without its completions, on pictures and clips.
 
 One run a core, side by side, each on one device pinned to its core. Equal
 time means: every row's step is timed first, under the same conditions, and
@@ -72,6 +74,17 @@ MATCHING = (
     (0, 1),
   ),
 )
+COMPLETION = (
+  (
+    "SCL without completion",
+    "configs/scl.py",
+    ("method.vision_weight=0", "method.language_weight=0"),
+    (0, 1),
+  ),
+  ("vision (MVSC)", "configs/scl.py", ("method.language_weight=0",), (0, 1)),
+  ("language (MLSC)", "configs/scl.py", ("method.vision_weight=0",), (0, 1)),
+  ("SCL: both", "configs/scl.py", (), (0, 1)),
+)
 MATCHING_COLUMNS = (
   "eval/retrieval/i2t_r1",
   "eval/retrieval/t2i_r1",
@@ -86,6 +99,24 @@ MATCHING_COLUMNS = (
   "eval/relation/matching",
   "eval_comp/reranking/i2t_r1",
   "eval_comp/binding/matching",
+)
+COMPLETION_COLUMNS = (
+  "eval/retrieval/i2t_r1",
+  "eval/retrieval/t2i_r1",
+  "eval/reranking/i2t_r1",
+  "eval/reranking/t2i_r1",
+  "eval_clips/retrieval/i2t_r1",
+  "eval_clips/retrieval/t2i_r1",
+  "eval_clips/reranking/i2t_r1",
+  "eval_clips/reranking/t2i_r1",
+  "eval/pointing/accuracy",
+  "eval/alignment/local",
+  "eval/binding/contrastive",
+  "eval/binding/matching",
+  "eval/relation/matching",
+  "eval_clips/motion/contrastive",
+  "eval_clips/motion/matching",
+  "eval_clips/binding/matching",
 )
 CAPTIONING_COLUMNS = (
   "eval/retrieval/i2t_r1",
@@ -105,6 +136,7 @@ CAPTIONING_COLUMNS = (
 TABLES = {
   "captioning": (CAPTIONING, CAPTIONING_COLUMNS),
   "matching": (MATCHING, MATCHING_COLUMNS),
+  "completion": (COMPLETION, COMPLETION_COLUMNS),
 }
 TIMED_STEPS = 60
 

@@ -106,12 +106,12 @@ class Throughput:
   """Measures a loop's speed, leaving pauses and the first step out.
 
   Args:
-    batch_size: examples of a step.
+    batch_size: examples of a step, on average.
     clock: seconds.
   """
 
   def __init__(
-    self, batch_size: int, clock: Callable[[], float] = time.monotonic
+    self, batch_size: float, clock: Callable[[], float] = time.monotonic
   ):
     self._batch_size = batch_size
     self._clock = clock
@@ -174,7 +174,7 @@ class Progress:
 
   Args:
     total_steps: of the whole run.
-    batch_size: examples of a step.
+    batch_size: examples of a step, on average.
     start: steps that were done before.
     interval: seconds between lines, where there is no terminal.
   """
@@ -182,7 +182,7 @@ class Progress:
   def __init__(
     self,
     total_steps: int,
-    batch_size: int,
+    batch_size: float,
     start: int = 0,
     interval: float = 5.0,
   ):

@@ -140,6 +140,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     checkpoints.save(step, state, meta, scores)
 
   results: dict[str, float] = {}
+  compiled: set[int] = set()
   with contextlib.ExitStack() as stack:
     preemption = stack.enter_context(Preemption())
     # However it ends, a save that is under way gets to the disk first.
@@ -150,7 +151,10 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
       with progress.waiting():
         number, batch = next(batches)
         batch = sharding.put_batch(batch, mesh)
-      state, values = step_fns[number](state, batch)
+      first = number not in compiled
+      compiled.add(number)
+      with progress.pause("compiling") if first else contextlib.nullcontext():
+        state, values = step_fns[number](state, batch)
       log(pending)  # of the step before: the device is never waited for
       name = streams[number].name
       pending = step, name, values | {"bad_records": batches.bad_records[name]}
