@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from vlp_jax import config as config_lib
 from vlp_jax import train_state
 from vlp_jax.data import (
   clips,
+  motion_language,
   pipeline,
   sources,
   train_tokenizer,
@@ -189,7 +191,8 @@ def test_scenes_video(config, tmp_path, monkeypatch):
   source = sources.open_source(config.data, "test")
   record = source[5]
   assert source.pair(5)["image"] == record["image"]
-  assert not source.annotated  # with what evaluations of pictures ask for
+  copy = pickle.loads(pickle.dumps(source))
+  assert source.annotated and copy.language is motion_language
   frames = [
     np.asarray(Image.open(io.BytesIO(record["image"][place])))
     for place in clips.places(len(record["image"]), 3)

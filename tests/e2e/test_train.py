@@ -47,8 +47,12 @@ def test_a_run_leaves_what_it_promises(finished, method):
   assert expected <= names
   chances = {"eval/retrieval/i2t_r1_chance", "eval/pointing/accuracy_chance"}
   assert chances <= names
-  values = [v for k, v in results["metrics"].items() if "cider" not in k]
-  assert all(0 <= value <= 1 for value in values)
+  metrics = results["metrics"].items()
+  ranks = [value for name, value in metrics if "median_rank" in name]
+  assert ranks and all(1 <= value <= 64 for value in ranks)
+  other = ("cider", "median_rank")
+  shares = [v for k, v in metrics if not any(name in k for name in other)]
+  assert all(0 <= value <= 1 for value in shares)
   lines = commands.lines(workdir)
   trained = [line for line in lines if "train/loss" in line]
   assert [line["step"] for line in trained] == [1, 2, 3, 4, 5, 6]

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vlp_jax import sharding
-from vlp_jax.data import sources
+from vlp_jax.data import motion_language, scenes_language, sources
 from vlp_jax.evaluators import _matching, base
 
 IMAGE_SIZE = 16
@@ -40,7 +40,13 @@ class Source(sources.Source):
 
   def __init__(self, records):
     self._records = list(records)
-    self.annotated = bool(records) and "objects" in records[0]
+
+  @property
+  def language(self):
+    fields = self._records[0] if self._records else ()
+    if "objects" not in fields:
+      return None
+    return motion_language if "motion" in fields else scenes_language
 
   def __len__(self) -> int:
     return len(self._records)
@@ -71,7 +77,8 @@ class Tokenizer:
 
 
 def number(image) -> jax.Array:
-  """Reads the number of each picture off its colour."""
+  """Reads the number of each picture, or clip, off its colour."""
+  image = image[:, 0] if image.ndim == 5 else image
   pixel = image[:, 0, 0].astype(jnp.int32)
   return pixel[:, 0] + 256 * pixel[:, 1]
 
@@ -137,6 +144,13 @@ class Gradcam(Matcher):
   def patch_text_map(self, params, batch, readout, token_mask=None):
     del token_mask
     return params[readout][number(batch["image"]), batch["text"][:, 1]]
+
+
+class Attentive(Dual):
+  """Looks the attention of a text's tokens up: `[pictures, L, F, gh, gw]`."""
+
+  def attention_maps(self, params, batch):
+    return params["attention"][number(batch["image"])]
 
 
 class Speller(Dual):

@@ -232,6 +232,86 @@ def test_heat_maps_of_a_method_that_only_points(tmp_path, figures, annotated):
 
 def test_words_to_point_at():
   record = {"captions": ["a b - a dog, dog; c ... "]}
-  assert pictures._phrases(record, False) == [
-    *(("dog", None), ("a", None), ("b", None))
+  assert pictures._phrases(record) == [*(("dog", []), ("a", []), ("b", []))]
+
+
+# ------------------------------------------------------------------ clips
+
+
+def test_a_mosaic_and_what_is_in_it():
+  frames = np.arange(3 * 2 * 4 * 3).reshape(3, 2, 4, 3)
+  shown = _plots.mosaic(frames, -1)
+  assert shown.shape == (4, 8, 3)
+  np.testing.assert_array_equal(shown[:2, :4], frames[0])
+  np.testing.assert_array_equal(shown[:2, 4:], frames[1])
+  np.testing.assert_array_equal(shown[2:, :4], frames[2])
+  assert (shown[2:, 4:] == -1).all()
+  sizes = [len(_plots.mosaic(np.zeros((n, 1, 1)), 0)) for n in (1, 2, 4, 5, 16)]
+  assert sizes == [1, 2, 2, 3, 4]
+  boxes = [[[0, 0, 1, 1]], [], [[0.5, 0, 1, 0.5]], [[0, 0.5, 1, 1]]]
+  assert _plots.in_mosaic(boxes) == [
+    *([0, 0, 0.5, 0.5], [0.25, 0.5, 0.5, 0.75], [0.5, 0.75, 1, 1])
   ]
+
+
+CLIP = 3  # frames that are shown
+
+
+def clip_setting(annotated, count=5):
+  """Clips of five frames, in which a ring moves and a star does not."""
+  texts = [f"number {i} of the clips" for i in range(count)]
+  extra = {}
+  if annotated:
+    texts = ["a red ring moves left and a blue star stays"] * count
+    corners = [(0.1 * i, 0.0, 0.1 * i + 0.5, 0.5) for i in range(5)]
+    ring = {**thing(corners[2]), "boxes": corners, "motion": "moves left"}
+    star = {**thing(BOXES[1]), "boxes": [BOXES[1]] * 4 + [None]}
+    star |= {"color": "blue", "shape": "star", "motion": "stays"}
+    extra = {"objects": [[ring, star]] * count, "motion": [[]] * count}
+  records = fakes.records([[text] for text in texts], **extra)
+  for i, record in enumerate(records):
+    record["image"] = [fakes.picture(i)] * 5
+  env = fakes.environment(records, fakes.Tokenizer(texts))
+  env.config.data.num_frames = CLIP
+  rng = np.random.default_rng(0)
+  params = {
+    "image": fakes.unit(rng.normal(size=(count, 4))),
+    "text": fakes.unit(rng.normal(size=(60, 4))),
+    "gradcam": rng.uniform(size=(count, 60, CLIP, 4, 4)).astype(np.float32),
+  }
+  return env, params
+
+
+@pytest.mark.parametrize("annotated", [True, False])
+def test_clips_are_drawn(tmp_path, figures, annotated):
+  env, params = clip_setting(annotated)
+  if annotated:
+    peak = np.zeros((CLIP, 4, 4), np.float32)
+    peak[1, 1, 2] = 1  # in the ring of the second frame alone
+    params["gradcam"][:] = peak
+  paths = pictures.make_pictures(OnlyGradcam(), params, env, tmp_path)
+  assert [path.stem for path in paths] == ALL[:3]
+  for name in ALL[:3]:
+    assert_texts_apart(figures[name])
+    words = " ".join(t.get_text() for t in figures[name].texts)
+    assert "A clip is shown as its frames, row by row." in words
+  shown = [axes.images[-1].get_array() for axes in figures["heatmaps"].axes]
+  assert shown[0].shape == (2 * fakes.IMAGE_SIZE, 2 * fakes.IMAGE_SIZE, 3)
+  blank = np.zeros((8, 8), bool)
+  blank[4:, 4:] = True  # there is no fourth frame
+  np.testing.assert_array_equal(np.ma.getmaskarray(shown[1]), blank)
+  boxes = [
+    [patch.get_bbox().extents.round(4).tolist() for patch in axes.patches[::2]]
+    for axes in figures["heatmaps"].axes[1:3]
+  ]
+  if not annotated:
+    assert boxes == [[], []]
+    return
+  # The first, the middle and the last frame, in three of four quarters.
+  assert boxes == [
+    [[0, 0, 0.25, 0.25], [0.6, 0, 0.85, 0.25], [0.2, 0.5, 0.45, 0.75]],
+    [[0.25, 0.25, 0.5, 0.5], [0.75, 0.25, 1, 0.5]],
+  ]
+  texts = [t.get_text() for t in figures["heatmaps"].texts]
+  named = texts.index("a red ring moves left")
+  assert texts[named + 1 : named + 4] == ["hit", "a blue star stays", "miss"]

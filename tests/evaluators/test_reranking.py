@@ -5,7 +5,12 @@ import numpy as np
 import pytest
 
 from tests.evaluators import fakes
-from tests.evaluators.test_retrieval import LEFT, brute_force, scene
+from tests.evaluators.test_retrieval import (
+  LEFT,
+  brute_force,
+  median_by_counting,
+  scene,
+)
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators.reranking import nearest, ranks
 from vlp_jax.evaluators.retrieval import recall
@@ -53,9 +58,12 @@ def by_brute_force(params, count, k):
   right = owner[None] == np.arange(len(count))[:, None]
   i2t = only_best(cosine, match, k)
   t2i = only_best(cosine.T, match.T, k)
-  return {
-    f"i2t_r{n}": brute_force(i2t, right, n).mean() for n in (1, 5, 10)
-  } | {f"t2i_r{n}": brute_force(t2i, right.T, n).mean() for n in (1, 5, 10)}
+  found = {}
+  for way, scores, good in (("i2t", i2t, right), ("t2i", t2i, right.T)):
+    for n in (1, 5, 10):
+      found[f"{way}_r{n}"] = brute_force(scores, good, n).mean()
+    found[f"{way}_median_rank"] = median_by_counting(scores, good)
+  return found
 
 
 COUNT = [1, 2, 3, 1, 1, 2, 3, 2, 1]

@@ -1,13 +1,16 @@
 """Retrieval against a brute force that breaks ties by counting orders."""
 
+import collections
+import fractions
 import itertools
+import math
 
 import numpy as np
 import pytest
 
 from tests.evaluators import fakes
 from vlp_jax.errors import UserError
-from vlp_jax.evaluators.retrieval import rank_all, recall
+from vlp_jax.evaluators.retrieval import median_rank, rank_all, recall
 
 RNG = np.random.default_rng
 
@@ -37,6 +40,26 @@ def brute_force(scores, right, k):
       break
     out.append(value)
   return np.array(out)
+
+
+def median_by_counting(scores, right):
+  """Median of the ranks of all rows, each order of a tie counted alike."""
+  weights = collections.Counter()
+  for row, good in zip(scores, right, strict=True):
+    row = np.where(np.isnan(row), -np.inf, row)
+    best = row[good].max()
+    tie = int((row == best).sum())
+    places = itertools.combinations(range(tie), int((row == best)[good].sum()))
+    places = [own[0] for own in places]  # of the first right key in the tie
+    for place in places:
+      rank = 1 + int((row > best).sum()) + place
+      weights[rank] += fractions.Fraction(1, len(places))
+  # To whole numbers, which NumPy can repeat.
+  scale = math.lcm(*(share.denominator for share in weights.values()))
+  ranks = sorted(weights)
+  passed = np.cumsum([int(weights[rank] * scale) for rank in ranks])
+  middle = (int(passed[-1]) - 1) // 2, int(passed[-1]) // 2
+  return np.mean([ranks[np.searchsorted(passed, i + 1)] for i in middle])
 
 
 def tied_case(seed, pictures=9, captions=(1, 2, 3)):
@@ -84,6 +107,35 @@ def test_recalls_equal_brute_force(seed, batch_size):
     assert got[mean] == pytest.approx(
       np.mean([got[f"{way}_r{k}"] for k in (1, 5, 10)])
     )
+  assert got["i2t_median_rank"] == median_by_counting(scores, right)
+  assert got["t2i_median_rank"] == median_by_counting(scores.T, right.T)
+
+
+@pytest.mark.parametrize("pictures", [8, 9])
+def test_median_rank_is_numpy_s(pictures):
+  rng, count = RNG(pictures), np.array([1, 2, 3] * 3)[:pictures]
+  image = rng.normal(size=(pictures, 5)).astype(np.float32)
+  text = rng.normal(size=(count.sum(), 5)).astype(np.float32)
+  got = evaluate(image, text, count)
+  right = np.arange(pictures)[:, None] == np.repeat(np.arange(pictures), count)
+  for way, scores, good in (
+    ("i2t", image @ text.T, right),
+    ("t2i", text @ image.T, right.T),
+  ):
+    best = np.where(good, scores, -np.inf).max(axis=1, keepdims=True)
+    ranks = 1 + (scores > best).sum(axis=1)
+    assert got[f"{way}_median_rank"] == np.median(ranks)
+    assert len(set(ranks)) > 2
+
+
+def test_the_middle_of_a_tie():
+  assert median_rank([2], [6], [1]) == 6  # of 3 to 9
+  assert median_rank([0], [5], [1]) == 3.5  # of 1 to 6
+  # Orders of RRW, RWR, WRR: the first right one is the first, twice.
+  assert median_rank([0], [1], [2]) == 1
+  assert median_rank([0, 3], [0, 0], [1, 1]) == 2.5
+  # 1 for sure, and 1 to 4: the first is more than half.
+  assert median_rank([0, 0], [0, 3], [1, 1]) == 1
 
 
 @pytest.mark.parametrize("value", [0.3, np.nan])
@@ -111,6 +163,13 @@ def test_chance_is_what_random_embeddings_score():
   for k in (1, 5, 10):
     got = np.mean([run[f"i2t_r{k}"] for run in runs])
     assert got == pytest.approx(runs[0][f"i2t_r{k}_chance"], abs=0.06)
+  # Of 80 captions 1, 2 or 5 are right: x = 21 / 80 solves
+  # x + 1 - (1 - x)^2 + 1 - (1 - x)^5 = 3 / 2, but for rounding.
+  for way, chance in (("i2t", 21), ("t2i", 15.5)):
+    name = f"{way}_median_rank"
+    assert runs[0][f"{name}_chance"] == chance
+    got = np.mean([run[name] for run in runs])
+    assert got == pytest.approx(runs[0][f"{name}_chance"], abs=1.5)
 
 
 def test_first_caption_only():

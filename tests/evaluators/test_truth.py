@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.evaluators import fakes
+from vlp_jax.data import scenes_language
 from vlp_jax.evaluators import _truth, captioning
 
 LEFT, RIGHT = [0.0, 0.4, 0.2, 0.6], [0.8, 0.4, 1.0, 0.6]
@@ -86,7 +87,7 @@ def test_bag_vectors_are_the_bag_scores():
   from vlp_jax.data import scenes_probes as probes
 
   texts = [text for texts in CAPTIONS for text in texts]
-  image, text = _truth.bag_vectors(OBJECTS, texts)
+  image, text = _truth.bag_vectors(scenes_language, OBJECTS, texts)
   bag = probes.bag_of_attributes
   np.testing.assert_array_equal(
     text @ image.T,

@@ -50,6 +50,7 @@ _OPPOSITES = (
   ("grows", "shrinks"),
   ("appears", "vanishes"),
 )
+ATTRIBUTES = {**scenes.ATTRIBUTES, "motion": tuple(PLURALS)}
 # What each motion is, played backwards; not those that stay the same.
 REVERSE = dict(_OPPOSITES) | {b: a for a, b in _OPPOSITES}
 

@@ -40,6 +40,8 @@ from vlp_jax.data.dice import Dice
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLORS = ("red", "yellow", "green", "blue", "purple", "cyan")
 SIZES = ("small", "large")
+# What a bag of attributes knows of a text, or of objects: fields and values.
+ATTRIBUTES = {"color": COLORS, "shape": SHAPES}
 # The pairs that only the compositional split shows.
 HELD_OUT = frozenset((COLORS[i], SHAPES[(i + 2) % 6]) for i in range(6))
 

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from vlp_jax.data import scenes_language
 from vlp_jax.data.dice import Dice
 from vlp_jax.data.scenes_language import (
-  COLORS,
   HELD_OUT,
-  SHAPES,
   Meaning,
   Object,
   describe,
   is_true,
-  parse,
   places,
   relation_between,
   say,
@@ -94,26 +93,34 @@ def relation(objects: Sequence[Object], dice: Dice) -> list[dict[str, str]]:
 
 # -------------------------------------------------------------------- bags
 
-_BAG = (*COLORS, *SHAPES)
 
-
-def bag_of_attributes(what: str | Sequence[Object]) -> np.ndarray:
+def bag_of_attributes(
+  what: str | Sequence[Object], language: ModuleType = scenes_language
+) -> np.ndarray:
   """Reduces a caption, or the objects of a scene, to its colours and shapes.
 
+  Args:
+    what: a caption, or objects.
+    language: of the caption; its `ATTRIBUTES` say what there is to know. In
+      `motion_language` that is motions as well.
+
   Returns:
-    bool `[12]`: which of COLORS, then which of SHAPES, there are.
+    bool `[A]`: which of all values of the attributes there are, in the order
+    of `ATTRIBUTES`.
 
   Raises:
     ValueError: if a caption is not in the grammar.
   """
+  keys, values = zip(*language.ATTRIBUTES.items(), strict=True)
   if isinstance(what, str):
-    meaning = parse(what)
+    meaning = language.parse(what)
     if meaning is None:
-      raise ValueError(f"not a caption of scenes: {what!r}")
-    words = {w for term in meaning.terms for w in (term.color, term.shape)}
+      name = language.__name__.rpartition(".")[2]
+      raise ValueError(f"not a caption of {name}: {what!r}")
+    words = {getattr(term, key) for term in meaning.terms for key in keys}
   else:
-    words = {thing[key] for thing in what for key in ("color", "shape")}
-  return np.array([word in words for word in _BAG])
+    words = {thing[key] for thing in what for key in keys}
+  return np.array([w in words for w in itertools.chain.from_iterable(values)])
 
 
 def bag_scores(texts: np.ndarray, pictures: np.ndarray) -> np.ndarray:
@@ -123,8 +130,8 @@ def bag_scores(texts: np.ndarray, pictures: np.ndarray) -> np.ndarray:
   leaves unsaid breaks ties.
 
   Args:
-    texts: bool `[T, 12]`, from `bag_of_attributes`.
-    pictures: bool `[P, 12]`.
+    texts: bool `[T, A]`, from `bag_of_attributes`.
+    pictures: bool `[P, A]`.
 
   Returns:
     int `[T, P]`; 0 is the best, equal bags.

@@ -21,6 +21,7 @@ import io
 import os
 import pathlib
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import grain
@@ -49,14 +50,21 @@ class Source:
     directory: the folder beside the data, where derived files may be kept.
     fingerprint: name, version, split and number of records; for a JSONL file
       the hash of its bytes. Equal fingerprints, equal records.
-    annotated: whether records tell their objects, as scenes does.
+    language: the module that reads the captions of annotated records and says
+      whether they are true of a record's `objects`: `scenes_language` or
+      `motion_language`. None where records tell no objects.
   """
 
   name: str
   split: str
   directory: pathlib.Path
   fingerprint: str
-  annotated: bool = False
+  language: ModuleType | None = None
+
+  @property
+  def annotated(self) -> bool:
+    """Whether records tell their objects, as those of scenes do."""
+    return self.language is not None
 
   def __len__(self) -> int:
     raise NotImplementedError
@@ -197,8 +205,8 @@ class TfdsSource(Source):
       split: in TFDS's notation; `train[:90%]` is one, too.
       image_key: see `tfds_fields.find`.
       caption_key: see `tfds_fields.find`.
-      to_record: module with a function `to_record(example) -> record`, for
-        data sets that tell more than a caption.
+      to_record: module with a function `to_record(example) -> record` and a
+        `LANGUAGE`, for data sets that tell more than a caption.
       clips: whether to read clips.
     """
     info = builder.info
@@ -229,7 +237,6 @@ class TfdsSource(Source):
     self.name = f"{info.full_name}:{split}"
     self.split = split
     self.directory = pathlib.Path(self._path)
-    self.annotated = "phrases" in info.features and bool(to_record)
     self.fingerprint = (
       f"{info.full_name}:{split}:{self._length} records:"
       f"{sum(v.num_bytes for v in info.splits.values())} bytes:"
@@ -243,6 +250,13 @@ class TfdsSource(Source):
         "which has no random access; write it again with "
         'file_format="array_record" (tfds build --file_format=array_record)'
       ) from e
+
+  @property
+  def language(self) -> ModuleType | None:
+    """That of the module `to_record`; None without one."""
+    if not self._to_record:
+      return None
+    return importlib.import_module(self._to_record).LANGUAGE
 
   @functools.cached_property
   def _builder(self) -> tfds.core.DatasetBuilder:

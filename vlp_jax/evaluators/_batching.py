@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
 
 import jax
 import numpy as np
@@ -25,7 +26,11 @@ class Subset(sources.Source):
     self._source = source
     self._indices = indices
     self.name = source.name
-    self.annotated = source.annotated
+
+  @property
+  def language(self) -> ModuleType | None:
+    """That of the whole; no attribute, since modules cannot be pickled."""
+    return self._source.language
 
   def __len__(self) -> int:
     return len(self._indices)

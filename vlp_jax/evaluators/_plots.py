@@ -7,6 +7,7 @@ verdict is always a word as well.
 from __future__ import annotations
 
 import functools
+import math
 import pathlib
 import warnings
 from collections.abc import Sequence
@@ -191,9 +192,16 @@ class Sheet:
   def image(self, x, y, side, pixels: np.ndarray, verdict=PLAIN):
     """Shows a picture in a square, framed by a verdict; returns its axes.
 
-    The axes' coordinates are fractions of the picture, y downwards.
+    A clip `[F, H, W, 3]` is shown as `mosaic` lays it out. The axes'
+    coordinates are fractions of what is shown, y downwards.
     """
     axes = self.axes(x, y, side, side)
+    if pixels.ndim == 4:
+      cells = _cells(len(pixels))
+      pixels = mosaic(pixels, 255)
+      for edge in range(1, cells):
+        axes.axhline(edge / cells, color="white", linewidth=1.5)
+        axes.axvline(edge / cells, color="white", linewidth=1.5)
     axes.imshow(
       pixels, extent=(0, 1, 1, 0), interpolation="nearest", aspect="auto"
     )
@@ -224,15 +232,58 @@ class Sheet:
     return path
 
 
-def draw_heat(
-  axes, heat: np.ndarray, box: Sequence[float] | None
-) -> bool | None:
-  """Lays a heat map and a box over a picture.
+def _cells(num_frames: int) -> int:
+  """Returns the frames in a row of a `mosaic`, which has as many rows."""
+  return math.isqrt(num_frames - 1) + 1
+
+
+def mosaic(frames: np.ndarray, blank: float) -> np.ndarray:
+  """Lays frames out row by row, as in a book, in the shape of one of them.
+
+  Args:
+    frames: `[F, H, W, ...]`.
+    blank: fills the cells after the last frame.
 
   Returns:
-    Whether the strongest patch lies in the box; None if there is no strongest
+    `[n H, n W, ...]`, where n is the least whole number with n^2 >= F.
+  """
+  cells, (count, height, width, *rest) = _cells(len(frames)), frames.shape
+  empty = (cells**2 - count, height, width, *rest)
+  frames = np.concatenate([frames, np.full(empty, blank, frames.dtype)])
+  grid = frames.reshape(cells, cells, height, width, *rest).swapaxes(1, 2)
+  return grid.reshape(cells * height, cells * width, *rest)
+
+
+def in_mosaic(boxes: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
+  """Moves boxes, listed for each frame, to where `mosaic` puts the frame.
+
+  Coordinates are fractions: of a frame, then of the mosaic.
+  """
+  cells, moved = _cells(len(boxes)), []
+  for place, frame in enumerate(boxes):
+    row, column = divmod(place, cells)
+    for x0, y0, x1, y1 in frame:
+      corners = (column + x0, row + y0, column + x1, row + y1)
+      moved.append([at / cells for at in corners])
+  return moved
+
+
+def draw_heat(
+  axes, heat: np.ndarray, boxes: Sequence[Sequence[float]]
+) -> bool | None:
+  """Lays a heat map and boxes over a picture, or over a clip's mosaic.
+
+  Args:
+    axes: of `Sheet.image`.
+    heat: `[rows, columns]`, or `[F, rows, columns]` of a clip.
+    boxes: x0, y0, x1, y1 in the axes' coordinates.
+
+  Returns:
+    Whether the strongest patch lies in a box; None if there is no strongest
     one: a map of gradients that are all negative is zero everywhere.
   """
+  if heat.ndim == 3:
+    heat = mosaic(heat, np.nan)
   axes.imshow(
     heat,
     extent=(0, 1, 1, 0),
@@ -241,8 +292,7 @@ def draw_heat(
     interpolation="nearest",
     aspect="auto",
   )
-  if box is not None:
-    x0, y0, x1, y1 = box
+  for x0, y0, x1, y1 in boxes:
     for color, width, line in (("black", 3.5, "-"), ("white", 1.8, "--")):
       axes.add_patch(
         Rectangle(
@@ -255,11 +305,11 @@ def draw_heat(
           linestyle=line,
         )
       )
-  known = np.where(np.isnan(heat), -np.inf, heat)
-  if known.max() == known.min():
+  known = heat[~np.isnan(heat)]
+  if not known.size or known.max() == known.min():
     return None
   rows, columns = heat.shape
-  row, column = np.unravel_index(np.argmax(known), heat.shape)
+  row, column = np.unravel_index(np.nanargmax(heat), heat.shape)
   x, y = (column + 0.5) / columns, (row + 0.5) / rows
   axes.plot(x, y, "X", markersize=11, color="white", markeredgecolor="black")
-  return box is not None and bool(x0 <= x <= x1 and y0 <= y <= y1)
+  return any(x0 <= x <= x1 and y0 <= y <= y1 for x0, y0, x1, y1 in boxes)

@@ -8,6 +8,7 @@ ARO (Yuksekgonul et al. 2023).
 from __future__ import annotations
 
 import functools
+from typing import ClassVar
 
 import numpy as np
 
@@ -21,15 +22,16 @@ class Probe(base.Evaluator):
   method has one, the text with the higher mean log-likelihood per token; the
   matching head's, if there is one, the text with the higher match score. A
   tie is half a win, and chance one half. `bag` is what knowing only the sets
-  of colours and shapes of text and picture scores.
+  of colours and shapes (and of a clip's motions) of text and picture scores;
+  `one_frame` is what nobody exceeds who sees one frame of a clip.
 
   Attributes:
-    annotation: the records' field with the pairs of texts.
+    annotations: one, the records' field with the pairs of texts.
+    one_frame: as above, where it is known; see `data/one_frame.py`.
   """
 
   needs = ("encode_image", "encode_text")
-  annotated = True
-  annotation = ""
+  one_frame: ClassVar[float | None] = None
 
   @functools.cached_property
   def _pairs(self) -> list[tuple[int, str, str]]:
@@ -37,7 +39,7 @@ class Probe(base.Evaluator):
     return [
       (i, pair["true"], pair["false"])
       for i, record in enumerate(self.records)
-      for pair in record[self.annotation]
+      for pair in record[self.annotations[0]]
     ]
 
   def run(self, params):
@@ -53,6 +55,8 @@ class Probe(base.Evaluator):
       "contrastive_chance": 0.5,
       "bag": self._bag_of_attributes,
     }
+    if self.one_frame is not None:
+      metrics["one_frame"] = self.one_frame
     if self.has("caption_score"):
       pairs = list(zip(np.repeat(places, 2).tolist(), texts, strict=True))
       score = self.on_pairs(self.compiled("caption_score"), params, pairs)
@@ -79,7 +83,8 @@ class Probe(base.Evaluator):
   def _bag_of_attributes(self) -> float:
     objects = [self.records[i]["objects"] for i, _, _ in self._pairs]
     texts = [text for _, true, false in self._pairs for text in (true, false)]
-    return wins(_cosines(*_truth.bag_vectors(objects, texts)))
+    bags = _truth.bag_vectors(self.source.language, objects, texts)
+    return wins(_cosines(*bags))
 
 
 def _cosines(image: np.ndarray, text: np.ndarray) -> np.ndarray:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from vlp_jax.data import scenes_language, scenes_probes
+from vlp_jax.data import scenes_probes
 from vlp_jax.evaluators import _batching
 
 # A chance level moves every text to this many other pictures.
 _NUM_MOVES = 16
 
 
-def parse(text: str):
-  """Returns the meaning of a text, or None where the parser finds none."""
-  return scenes_language.parse(text)
+def holds(
+  language: ModuleType, meaning, objects: Sequence[dict[str, Any]]
+) -> bool:
+  """Tells whether a meaning is true of a picture's objects.
 
-
-def holds(meaning, objects: Sequence[dict[str, Any]]) -> bool:
-  """Tells whether a meaning is true of a picture's objects; None is not."""
-  return meaning is not None and scenes_language.is_true(meaning, objects)
+  Args:
+    language: of the source, which has parsed the meaning.
+    meaning: None, of a text that is not in the language, is not true.
+    objects: of a picture or a clip.
+  """
+  return meaning is not None and language.is_true(meaning, objects)
 
 
 def moved_rate(
@@ -52,18 +57,21 @@ def moved_rate(
 
 
 def bag_vectors(
-  pictures: Sequence[Sequence[dict[str, Any]]], texts: Sequence[str]
+  language: ModuleType,
+  pictures: Sequence[Sequence[dict[str, Any]]],
+  texts: Sequence[str],
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns vectors whose products are `scenes_probes.bag_scores`.
 
   Args:
+    language: of the source; its `ATTRIBUTES` have A values in all.
     pictures: the objects of P pictures.
-    texts: T texts of the language of scenes.
+    texts: T texts of this language.
 
   Returns:
-    float32 `[P, 14]` and `[T, 14]`.
+    float32 `[P, A + 2]` and `[T, A + 2]`.
   """
-  bag = scenes_probes.bag_of_attributes
+  bag = functools.partial(scenes_probes.bag_of_attributes, language=language)
   seen = np.stack([bag(objects) for objects in pictures]).astype(np.float32)
   said = np.stack([bag(text) for text in texts]).astype(np.float32)
   # -(100 said(1 - seen) + (1 - said)seen), multiplied out.

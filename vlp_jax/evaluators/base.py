@@ -139,14 +139,14 @@ class Evaluator:
 
   Attributes:
     needs: capabilities of the method without which it cannot run.
-    annotated: whether it needs pictures with annotated objects.
+    annotations: fields of annotated records without which it cannot run.
     fields: its own config fields beside `COMMON_FIELDS`, with defaults.
     method, config, env: as given.
     source: the split's records, the first `max_examples` if that is not 0.
   """
 
   needs: ClassVar[tuple[str, ...]] = ()
-  annotated: ClassVar[bool] = False
+  annotations: ClassVar[tuple[str, ...]] = ()
   fields: ClassVar[dict[str, Any]] = {}
 
   def __init__(self, method: Method, config, env: Env):
@@ -159,7 +159,7 @@ class Evaluator:
     self.batch_size = padded_size(config.batch_size, env.mesh)
 
   def run(self, params: Params) -> dict[str, float]:
-    """Returns metrics by name, without a prefix; fractions in [0, 1]."""
+    """Returns metrics by name, without a prefix; shares lie in [0, 1]."""
     raise NotImplementedError
 
   @functools.cached_property
@@ -356,7 +356,7 @@ def _check_data(name: str, config, evaluator: type[Evaluator], env: Env):
     source = env.source(config.split)
   except UserError as error:
     raise NotApplicableError(f"evals.{name} is left out: {error}") from error
-  if evaluator.annotated and not source.annotated:
+  if evaluator.annotations and not source.annotated:
     raise NotApplicableError(
       f"evals.{name} is left out: it needs pictures with annotated objects, "
       f"and {source.name!r} has none"
@@ -364,4 +364,10 @@ def _check_data(name: str, config, evaluator: type[Evaluator], env: Env):
   if not len(source):
     raise NotApplicableError(
       f"evals.{name} is left out: split {config.split!r} is empty"
+    )
+  lacks = [field for field in evaluator.annotations if field not in source[0]]
+  if lacks:
+    raise NotApplicableError(
+      f"evals.{name} is left out: it needs records with {', '.join(lacks)}, "
+      f"and those of {source.name!r} have none"
     )

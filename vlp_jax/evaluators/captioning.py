@@ -60,11 +60,13 @@ class Evaluator(base.Evaluator):
       "exact_chance": _truth.moved_rate(exact, own),
     }
     verdicts = [None] * len(captions)
-    if self.source.annotated:
-      meanings = [_truth.parse(caption) for caption in captions]
+    language = self.source.language
+    if language is not None:
+      meanings = [language.parse(caption) for caption in captions]
 
       def true(text, picture):
-        return _truth.holds(meanings[text], self.records[picture]["objects"])
+        objects = self.records[picture]["objects"]
+        return _truth.holds(language, meanings[text], objects)
 
       verdicts = [true(i, i) for i in own]
       metrics["true"] = float(np.mean(verdicts))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable
+from types import ModuleType
 
 import jax
 import matplotlib
@@ -15,7 +16,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vlp_jax.errors import UserError
-from vlp_jax.evaluators import _batching, _curves, _plots, _truth, base
+from vlp_jax.evaluators import (
+  _batching,
+  _curves,
+  _plots,
+  _regions,
+  _truth,
+  base,
+)
 from vlp_jax.evaluators._plots import (
   ALSO_TRUE,
   BODY,
@@ -80,13 +88,19 @@ def make_pictures(
 class _Examples(base.Evaluator):
   """A split to take examples from."""
 
+  @property
+  def num_frames(self) -> int:
+    """Frames of a clip; 0 if the data are pictures."""
+    return self.env.config.data.num_frames
+
   def first_captions(self) -> list[str]:
     return [record["captions"][0] for record in self.records]
 
   @property
   def where(self) -> str:
-    """Says where examples are from."""
-    return (
+    """Says where examples are from, and how clips are shown."""
+    clips = "A clip is shown as its frames, row by row. "
+    return (clips if self.num_frames else "") + (
       f"Examples at even steps from the split '{self.config.split}'; nobody "
       "chose them."
     )
@@ -114,22 +128,23 @@ class _Ranking:
     self.texts = examples.first_captions()
     image = examples.encode_images(params)
     self.scores = image @ examples.encode_texts(params, self.texts).T
-    self._objects = [r.get("objects") for r in examples.records]
+    self._language = examples.source.language
+    self._records = examples.records
 
   def verdict(self, picture: int, text: int):
     """Judges a caption, by place, at a picture."""
     if picture == text:
       return RIGHT
-    objects = self._objects[picture]
-    if objects is not None:
-      meaning = _truth.parse(self.texts[text])
-      return ALSO_TRUE if _truth.holds(meaning, objects) else WRONG
-    return WRONG
+    if self._language is None:
+      return WRONG
+    meaning = self._language.parse(self.texts[text])
+    objects = self._records[picture]["objects"]
+    true = _truth.holds(self._language, meaning, objects)
+    return ALSO_TRUE if true else WRONG
 
   def legend(self) -> list[tuple[str, str]]:
-    known = any(objects is not None for objects in self._objects)
     meanings = [(RIGHT, "right: its own"), (WRONG, "wrong")]
-    if known:
+    if self._language is not None:
       meaning = "also true: another's, but the caption is true of the picture"
       meanings.insert(1, (ALSO_TRUE, meaning))
     return [(verdict[1], meaning) for verdict, meaning in meanings]
@@ -205,14 +220,21 @@ def _image_to_text(examples: _Examples, params: Params) -> Sheet:
 # -------------------------------------------------------------- heat maps
 
 
-def _phrases(record: dict, annotated: bool) -> list[tuple[str, list | None]]:
+def _phrases(
+  record: dict, language: ModuleType | None = None, num_frames: int = 0
+) -> list[tuple[str, list]]:
   """Returns texts to point at, with boxes where those are known."""
-  if annotated:
-    several = len(record["objects"]) > 1
-    return [(p["text"], p["bbox"]) for p in record["phrases"] if several]
+  if language is not None:
+    if len(record["objects"]) < 2:
+      return []
+    if "phrases" in record:
+      return [(p["text"], [p["bbox"]]) for p in record["phrases"]]
+    named = record["captions"][0], record["objects"], num_frames
+    found = _regions.phrases(language, *named)
+    return [(p.text, _plots.in_mosaic(p.frames)) for p in found]
   words = (word.strip(".,;:!?") for word in record["captions"][0].split())
   words = sorted(dict.fromkeys(words), key=len, reverse=True)
-  return [(word, None) for word in words[:3] if word]
+  return [(word, []) for word in words[:3] if word]
 
 
 def _heatmaps(examples: _Examples, params: Params) -> Sheet | None:
@@ -221,11 +243,11 @@ def _heatmaps(examples: _Examples, params: Params) -> Sheet | None:
     return None
   if not getattr(examples.method, "readouts", ()):
     return None
-  annotated = examples.source.annotated
+  language = examples.source.language
   pairs = [
     (i, phrase)
     for i, record in enumerate(examples.records)
-    if (phrase := _phrases(record, annotated)[:3])
+    if (phrase := _phrases(record, language, examples.num_frames)[:3])
   ]
   pairs = [pairs[i] for i in _batching.spread(len(pairs), 5)]
   if not pairs:
@@ -238,16 +260,16 @@ def _heatmaps(examples: _Examples, params: Params) -> Sheet | None:
   )
   low, high = (matplotlib.colormaps[HEAT](v) for v in (0.05, 0.92))
   side, step, row = 1.9, 2.15, 2.85
-  boxes = (
+  hint = (
     "The dashed box is where the object is; it is a hit if the cross, the "
     "strongest patch, lies in it. "
-    if annotated
+    if language is not None
     else "The cross is the strongest patch. "
   )
   sheet = Sheet(
     "Heat maps: where does the model see what a phrase names?",
     "Left the picture, then one copy for each phrase; the brighter a patch, "
-    f"the more it speaks for the phrase (readout: {readout}). {boxes}"
+    f"the more it speaks for the phrase (readout: {readout}). {hint}"
     f"{examples.where}",
     4 * step,
     len(pairs) * row,
@@ -257,14 +279,14 @@ def _heatmaps(examples: _Examples, params: Params) -> Sheet | None:
   for i, (picture, phrases) in enumerate(pairs):
     y, pixels = i * row, examples.image(picture)
     sheet.image(0, y + 0.45, side, pixels)
-    for j, (text, box) in enumerate(phrases, 1):
+    for j, (text, boxes) in enumerate(phrases, 1):
       lines = fold(text, side, SMALL, 2)
       above = y + 0.42 - len(lines) * SMALL * LINE
       sheet.text(j * step, above, lines, size=SMALL)
       axes = sheet.image(j * step, y + 0.45, side, pixels)
-      inside = draw_heat(axes, next(maps), box)
+      inside = draw_heat(axes, next(maps), boxes)
       words = {None: "no answer: a flat map", True: "hit", False: "miss"}
-      if inside is None or box is not None:
+      if inside is None or boxes:
         verdict = (words[inside], *(RIGHT if inside else WRONG)[1:])
         sheet.verdict(j * step, y + side + 0.5, verdict)
   return sheet
@@ -287,25 +309,26 @@ def _captions(examples: _Examples, params: Params) -> Sheet | None:
     return None
   shown = _batching.spread(len(examples.records), 8)
   ids = examples.on_images(generator(examples), params, shown)
-  annotated = examples.source.annotated
+  language = examples.source.language
   side, step, row = 2.1, 2.5, 4.25
   sheet = Sheet(
     "Captions: what does the model write about a picture?",
     "Under each picture is the model's caption, written greedily, and in grey "
     "one that people or the data's makers gave it. "
-    + ("A caption is true if all that it says holds. " if annotated else "")
+    + ("A caption is true if all that it says holds. " if language else "")
     + examples.where,
     4 * step,
     -(-len(shown) // 4) * row,
     [(TRUE[1], "true"), (FALSE[1], "false, or no sentence")]
-    if annotated
+    if language
     else (),
   )
   for place, (i, written) in enumerate(zip(shown, ids, strict=True)):
     x, y, record = place % 4 * step, place // 4 * row, examples.records[i]
     caption, verdict = examples.decode(written), PLAIN
-    if annotated:
-      true = _truth.holds(_truth.parse(caption), record["objects"])
+    if language:
+      meaning = language.parse(caption)
+      true = _truth.holds(language, meaning, record["objects"])
       verdict = TRUE if true else FALSE
       sheet.verdict(x, y + side + 0.06, verdict)
     sheet.image(x, y, side, examples.image(i), verdict)

@@ -31,7 +31,7 @@ class Evaluator(base.Evaluator):
   """
 
   needs = ("patch_text_map", "readouts")
-  annotated = True
+  annotations = ("phrases",)
   fields = {"readout": ""}  # noqa: RUF012
 
   def __init__(self, method, config, env):

@@ -10,4 +10,4 @@ from vlp_jax.evaluators import _probe
 class Evaluator(_probe.Probe):
   """What `Probe` measures, on the records' `relation` pairs."""
 
-  annotation = "relation"
+  annotations = ("relation",)

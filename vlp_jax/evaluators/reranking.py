@@ -5,9 +5,9 @@ captions are ranked by cosine; the best k of each query, its candidates, are
 ranked again by how well the matching head says that picture and text fit.
 What is no candidate ranks below all candidates.
 
-Recalls, ties and chance are as in `retrieval.py`. Captions that are the same
-to the model, token by token, are one candidate and are scored once. A match
-score that is not a number is as bad as not to be a candidate.
+Recalls, ranks, ties and chance are as in `retrieval.py`. Captions that are the
+same to the model, token by token, are one candidate and are scored once. A
+match score that is not a number is as bad as not to be a candidate.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ class _Texts(NamedTuple):
 
 
 class Evaluator(retrieval.Evaluator):
-  """`{i2t,t2i}_r{1,5,10}`, `mtr`, `mir`, each with its `_chance`.
-
-  With annotated pictures also what `retrieval` has there.
+  """The metrics of `retrieval`, each with its `_chance`.
 
   Config fields:
     captions: as of `retrieval`.
@@ -104,7 +102,7 @@ class Evaluator(retrieval.Evaluator):
     right = found_image == owner[:, None]
     one = np.ones_like(owner)
     t2i = ranks(t2i_score, right, ~right, one, len(image) - one)
-    return retrieval.recalls(i2t, t2i), (
+    return retrieval.rank_metrics(i2t, t2i), (
       first[_best(i2t_score, found_text)],
       _best(t2i_score, found_image),
     )

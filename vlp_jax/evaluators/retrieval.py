@@ -1,10 +1,12 @@
-"""Image-text retrieval: R@1/5/10 both ways over a whole split.
+"""Image-text retrieval: R@1/5/10 and median rank both ways over a whole split.
 
 Protocol of zero-shot retrieval (CoCa, section 4.2.2): all pictures and all
 captions are encoded once and ranked by cosine. Picture to text counts a hit
 if any of the picture's captions is among the first k; in text to picture each
 caption is a query. mTR and mIR are the means of the three recalls of picture
-to text and of text to picture.
+to text and of text to picture. Of clips ("video-text retrieval") all is the
+same; there MedR, the median rank of the best right one, is told beside R@k (Yu
+et al. 2018, JSFusion).
 
 Ties get the recall expected when a tie is broken at random: a constant
 embedding scores chance. A score that is not a number ranks below all others.
@@ -12,6 +14,7 @@ embedding scores chance. A score that is not a number ranks below all others.
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Callable, Sequence
 
@@ -31,10 +34,11 @@ _MAX_SCORES = 2**24
 class Evaluator(base.Evaluator):
   """`{i2t,t2i}_r{1,5,10}`, `mtr`, `mir`, each with its `_chance`.
 
-  With annotated pictures also `caption_true` and `image_true` (the share of
-  first places whose caption is true of the picture), and for every recall
-  `<metric>_bag`: what comparing nothing but the sets of colours and shapes
-  would score.
+  Likewise `{i2t,t2i}_median_rank`, counted from 1: less is better. With
+  annotated pictures also `caption_true` and `image_true` (the share of first
+  places whose caption is true of the picture), and for every recall and rank
+  `<metric>_bag`: what comparing nothing but the sets of colours and shapes,
+  and of a clip's motions, would score.
 
   Config field `captions`: 'first' pairs a picture with its caption [0] alone
   (on scenes the one that describes all objects), 'all' with each of them.
@@ -61,31 +65,33 @@ class Evaluator(base.Evaluator):
 
   @functools.cached_property
   def _meanings(self) -> list:
-    return [_truth.parse(text) for text in self._queries[0]]
+    return [self.source.language.parse(text) for text in self._queries[0]]
 
   def _true(self, text: int, picture: int) -> bool:
     """Tells whether a caption is true of a picture, both by place."""
-    return _truth.holds(self._meanings[text], self.records[picture]["objects"])
+    objects = self.records[picture]["objects"]
+    return _truth.holds(self.source.language, self._meanings[text], objects)
 
   @functools.cached_property
   def _constants(self) -> dict[str, float]:
     """What does not depend on the method: chance levels and baselines."""
     texts, owner = self._queries
-    pictures = np.arange(len(self.records))
-    own = np.bincount(owner, minlength=len(pictures))
-    chance = {
-      f"i2t_r{k}": float(recall(0 * own, len(texts) - own, own, k).mean())
-      for k in RECALLS
-    } | {f"t2i_r{k}": min(1.0, k / len(pictures)) for k in RECALLS}
-    constants = {f"{name}_chance": v for name, v in _means(chance).items()}
+    count = len(self.records)
+    own, one = np.bincount(owner, minlength=count), np.ones_like(owner)
+    # All tied.
+    chance = rank_metrics(
+      (0 * own, len(texts) - own, own), (0 * one, count - one, one)
+    )
+    constants = {f"{name}_chance": v for name, v in chance.items()}
     if not self.source.annotated:
       return constants
     rate = _truth.moved_rate(self._true, owner)
     # A random first place is the right one once in N.
-    rate += (1 - rate) / len(pictures)
+    rate += (1 - rate) / count
     constants |= {"caption_true_chance": rate, "image_true_chance": rate}
     objects = [record["objects"] for record in self.records]
-    scores, _ = self._by_cosine(*_truth.bag_vectors(objects, texts))
+    bags = _truth.bag_vectors(self.source.language, objects, texts)
+    scores, _ = self._by_cosine(*bags)
     return constants | {f"{name}_bag": v for name, v in scores.items()}
 
   def run(self, params):
@@ -99,7 +105,7 @@ class Evaluator(base.Evaluator):
     return metrics
 
   def _rank(self, params):
-    """Returns the recalls, and the first place of each query both ways."""
+    """Returns `rank_metrics`, and the first place of each query both ways."""
     texts, _ = self._queries
     image = self.encode_images(params)
     return self._by_cosine(image, self.encode_texts(params, texts))
@@ -111,30 +117,26 @@ class Evaluator(base.Evaluator):
     rank = functools.partial(rank_all, mesh=self.env.mesh)
     *i2t, first_text = rank(image, text, pictures, owner)
     *t2i, first_image = rank(text, image, owner, pictures)
-    return recalls(i2t, t2i), (first_text, first_image)
+    return rank_metrics(i2t, t2i), (first_text, first_image)
 
 
-def recalls(
+def rank_metrics(
   i2t: Sequence[np.ndarray], t2i: Sequence[np.ndarray]
 ) -> dict[str, float]:
-  """Returns `{i2t,t2i}_r{1,5,10}`, `mtr` and `mir`.
+  """Returns `{i2t,t2i}_r{1,5,10}`, `{i2t,t2i}_median_rank`, `mtr` and `mir`.
 
   Args:
     i2t: the arguments `above`, `tied` and `right` of `recall` for pictures
       that look for captions.
     t2i: for captions that look for pictures.
   """
-  values = {f"i2t_r{k}": float(recall(*i2t, k).mean()) for k in RECALLS}
-  values |= {f"t2i_r{k}": float(recall(*t2i, k).mean()) for k in RECALLS}
-  return _means(values)
-
-
-def _means(recalls: dict[str, float]) -> dict[str, float]:
-  """Adds `mtr` and `mir`."""
-  return recalls | {
-    "mtr": float(np.mean([recalls[f"i2t_r{k}"] for k in RECALLS])),
-    "mir": float(np.mean([recalls[f"t2i_r{k}"] for k in RECALLS])),
-  }
+  values = {}
+  for way, mean, ranks in (("i2t", "mtr", i2t), ("t2i", "mir", t2i)):
+    found = [float(recall(*ranks, k).mean()) for k in RECALLS]
+    values |= {f"{way}_r{k}": v for k, v in zip(RECALLS, found, strict=True)}
+    values[mean] = float(np.mean(found))
+    values[f"{way}_median_rank"] = median_rank(*ranks)
+  return values
 
 
 def rank_all(
@@ -272,3 +274,29 @@ def recall(
     factor = np.clip((left - places) / left, 0, 1)
     miss *= np.where(i < right, factor, 1)
   return 1 - miss
+
+
+def median_rank(
+  above: Sequence[int], tied: Sequence[int], right: Sequence[int]
+) -> float:
+  """Median over all queries of the rank of the best right key: MedR.
+
+  A tie is broken at random here, too: such a query counts as all the ranks
+  that it may have, each with its probability. Of N keys that all tie, one of
+  them right, the median rank is (N + 1) / 2, the one in the middle.
+
+  Args:
+    above, tied, right: as of `recall`.
+
+  Returns:
+    A rank, counted from 1, or the mean of the two in the middle.
+  """
+
+  def share(k: int) -> float:  # of the ranks that are k at most
+    return float(recall(above, tied, right, k).mean())
+
+  ranks = range(1, int(np.max(np.add(above, tied))) + 2)
+  rounding = 1e-9
+  low = bisect.bisect_left(ranks, 0.5 - rounding, key=share)
+  high = bisect.bisect_right(ranks, 0.5 + rounding, key=share)
+  return (ranks[low] + ranks[high]) / 2

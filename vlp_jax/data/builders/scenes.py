@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from vlp_jax.data import scenes_generate
+from vlp_jax.data import scenes_generate, scenes_language
 from vlp_jax.data.builders import embedded
 
+LANGUAGE = scenes_language
 _ANNOTATIONS = ("objects", "phrases", "binding", "relation")
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from vlp_jax.data import motion_generate, tfds_fields
+from vlp_jax.data import motion_generate, motion_language, tfds_fields
 from vlp_jax.data.builders import embedded
 
+LANGUAGE = motion_language
 _ANNOTATIONS = ("objects", "motion", "binding")
 
 
