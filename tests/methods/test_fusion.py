@@ -321,6 +321,22 @@ def test_maps(name):
   np.testing.assert_allclose(sum(parts), maps, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_attention_maps_are_the_last_layer_s(name):
+  params, batch = toys.params(name), toys.batch()
+  method = toys.method(name)
+  last = method.module.stream.transformer.depth - 1
+  method = dataclasses.replace(method, grounding_layer=last)
+  maps = toys.jit(method.attention_maps)(params, batch)
+  attention, _ = toys.jit(method.attention_gradient)(
+    params, batch["image"], *_matcher.shorten(batch["text"], batch["text_len"])
+  )
+  side = toys.IMAGE // toys.PATCH
+  assert maps.shape == (4, LENGTH - 1, 1, side, side)
+  expected = np.asarray(attention).max(axis=1)[:, :, 1:].reshape(maps.shape)
+  np.testing.assert_allclose(maps, expected, rtol=1e-5)
+
+
 # --- Fields -----------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests import toys
+from tests.models import reference
 from vlp_jax.errors import UserError
 from vlp_jax.losses import matching
 from vlp_jax.methods import base
@@ -401,11 +402,13 @@ def test_maps(frames):
       params, data, "cross_attention", mask
     )
   )
+  maps = toys.jit(method.attention_maps)(params, data)
   side = toys.IMAGE // toys.PATCH
+  assert maps.shape == (8, toys.LENGTH, max(frames, 1), side, side)
+  assert (np.asarray(maps) > 0).all()
   whole = read(params, data)
-  assert whole.shape == (8, side, side) and (np.asarray(whole) > 0).all()
-  # Shares of a head's attention: most of it is on patches, at most all.
-  assert (np.asarray(whole).sum((1, 2)) * max(frames, 1) <= 8).all()
+  first_token = maps[:, 0] if frames else maps[:, 0, 0]
+  np.testing.assert_allclose(whole, first_token, rtol=1e-6)
   first = np.zeros(data["text"].shape, bool)
   first[:, 0] = True
   np.testing.assert_allclose(read(params, data, first), whole, rtol=1e-6)
@@ -414,6 +417,37 @@ def test_maps(frames):
   np.testing.assert_allclose(
     both, whole + read(params, data, second), rtol=1e-5
   )
+
+
+def test_attention_maps_are_those_of_numpy():
+  one_layer = ("model.fusion.depth=1",)
+  method, data = toys.method("scl", *one_layer), batch(FRAMES, 3)
+  params = toys.params("scl", *one_layer)
+  maps = toys.jit(method.attention_maps)(params, data)
+  text_len = data["text_len"]
+  texts = toys.module_call("scl", one_layer, "read")(
+    params, data["text"], text_len
+  )
+  seen = toys.jit(method.match_state)(params, data)
+  fusion = jax.tree.map(lambda x: np.asarray(x, np.float64), params["fusion"])
+  block = reference.pick(fusion["layers"]["text"], 0)
+  for i, length in enumerate(text_len):
+    image = np.concatenate([seen.frames[i], seen.patches[i]])
+    text, image = texts[i] + fusion["types"][0], image + fusion["types"][1]
+    own, cross = block["self_attention"], block["cross_attention"]
+    qkv = reference.linear(own["qkv"], text)
+    mask = np.arange(toys.LENGTH) < length
+    heads, _ = reference.attention(*(qkv[:, j] for j in range(3)), mask)
+    text = text + reference.linear(own["out"]["proj"], heads, 2)
+    text = reference.layer_norm(block["self_norm"], text, 1e-12)
+    query = reference.linear(cross["q"], text)
+    keys = reference.linear(cross["kv"], image)
+    _, weights = reference.attention(query, keys[:, 0], keys[:, 1])
+    np.testing.assert_allclose(weights.sum(-1), 1)  # frame tokens included
+    expected = weights.max(axis=0)[:, FRAMES:]
+    np.testing.assert_allclose(
+      maps[i].reshape(expected.shape), expected, rtol=1e-4
+    )
 
 
 def test_a_clip_of_one_frame_is_a_picture():

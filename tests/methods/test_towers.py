@@ -75,6 +75,8 @@ def _parts(method, params, batch):
   for readout in method.readouts:
     # A value's share of a clip's frames varies with them; its order does not.
     rows = method.patch_text_map(params, batch, readout)
+    if batch["image"].ndim == 5:
+      rows = jnp.mean(rows, axis=1)
     found[readout] = rows / jnp.max(jnp.abs(rows))
   return found
 

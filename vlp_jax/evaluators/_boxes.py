@@ -7,6 +7,7 @@ i + 1.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -47,6 +48,31 @@ def iou(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
   shared = np.prod(np.maximum(high - low, 0), axis=1)
   union = area(boxes) + area(box[None]) - shared
   return shared / np.maximum(union, 1e-12)
+
+
+def coverage(
+  boxes: Sequence[Sequence[float]], rows: int, columns: int
+) -> np.ndarray:
+  """Says which share of each patch lies in any of some boxes.
+
+  Args:
+    boxes: in fractions of the picture; they may overlap.
+    rows: patches from top to bottom.
+    columns: patches from left to right.
+
+  Returns:
+    float64 `[rows, columns]`, 0 to 1.
+  """
+  boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
+  # The edges of all boxes cut the picture into cells that lie in or out whole.
+  x, y = np.unique(boxes[:, ::2]), np.unique(boxes[:, 1::2])
+  x0, y0, x1, y1 = boxes.T[:, :, None]
+  across = (x0 <= x[:-1]) & (x[:-1] < x1)
+  down = (y0 <= y[:-1]) & (y[:-1] < y1)
+  inside = (down[:, :, None] & across[:, None]).any(axis=0)
+  x = _covered(x[:-1] * columns, x[1:] * columns, columns)
+  y = _covered(y[:-1] * rows, y[1:] * rows, rows)
+  return y.T @ inside @ x
 
 
 def sums_in(heat: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:

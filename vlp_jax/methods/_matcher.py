@@ -81,14 +81,14 @@ class Matcher(ModuleMethod):
 
     Args:
       params: parameters.
-      batch: `image` (of clips, the mean of the frames' maps), `text` and
-        `text_len`.
+      batch: `image`, `text` and `text_len`.
       readout: `gradcam`.
       token_mask: bool `[B, L]`, the tokens that are averaged over; None takes
         all real ones.
 
     Returns:
-      float32 `[B, rows, columns]`; only the order of its values has meaning.
+      float32 `[B, rows, columns]`, of clips `[B, F, rows, columns]`; only the
+      order of its values has meaning.
     """
     del readout
     text, text_len = shorten(batch["text"], batch["text_len"])
@@ -102,7 +102,40 @@ class Matcher(ModuleMethod):
     if token_mask is not None:
       weights &= token_mask[:, : text.shape[1]]
     cam = jnp.einsum("bln,bl->bn", cam, weights.astype(jnp.float32))
-    return self._grid(cam, batch)
+    return self._map(cam, batch)
+
+  def attention_maps(self, params: Params, batch: Batch) -> jax.Array:
+    """Says where each token of a text looks.
+
+    Cross-attention of the last layer, of the head that looks most, to patches;
+    what goes to a frame's [CLS] is left out.
+
+    Args:
+      params: parameters.
+      batch: `image`, `text` and `text_len`.
+
+    Returns:
+      float32 `[B, L - 1, F, rows, columns]`, not negative; of pictures F is 1.
+      The end symbol, which has no place in these texts, has no map.
+    """
+    image = batch["image"]
+    text, text_len = shorten(batch["text"], batch["text_len"])
+    patches = self.apply(params, "see", image)
+    keys_values = self.apply(params, "project", patches)
+    rows = jnp.zeros((len(text), 1), jnp.int32)
+    _, sown = self.apply(
+      params,
+      "fuse",
+      text,
+      text_len,
+      keys_values,
+      rows,
+      mutable=["intermediates"],
+    )
+    layers = sown["intermediates"]["stream"]["transformer"]["layers"]
+    (maps,) = layers["attention_map"]  # [layers, B, heads, L - 1, F + F N]
+    frames = image.shape[1] if image.ndim == 5 else 1
+    return self._frames(jnp.max(maps[-1], axis=1)[..., frames:], batch)
 
   def attention_gradient(self, params, image, text, text_len, delta=None):
     """Returns cross-attention of `grounding_layer`, and its gradient.

@@ -55,20 +55,38 @@ class PairMethod(ModuleMethod):
   ) -> jax.Array:
     """Says where in a picture a text is.
 
-    Cross-attention of the last layer, of the head that looks most.
-
     Args:
       params: parameters.
-      batch: `image` (of clips, the mean of the frames' maps), `text` and
-        `text_len`.
-      readout: `cross_attention`.
+      batch: `image`, `text` and `text_len`.
+      readout: `cross_attention`, that of `attention_maps`.
       token_mask: bool `[B, L]`, the tokens whose maps are added; None takes
         the first token, which stands for the whole text.
 
     Returns:
-      float32 `[B, rows, columns]`; only the order of its values has meaning.
+      float32 `[B, rows, columns]`, of clips `[B, F, rows, columns]`; only the
+      order of its values has meaning.
     """
     del readout
+    maps = self.attention_maps(params, batch)
+    rows = jnp.arange(maps.shape[1])[None] == 0
+    if token_mask is not None:
+      rows = token_mask & masks.valid(batch["text_len"], maps.shape[1])
+    maps = jnp.einsum("blfyx,bl->bfyx", maps, rows.astype(jnp.float32))
+    return maps if batch["image"].ndim == 5 else maps[:, 0]
+
+  def attention_maps(self, params: Params, batch: Batch) -> jax.Array:
+    """Says where each token of a text looks.
+
+    Cross-attention of the text's last layer, of the head that looks most, to
+    patches; what goes to frame tokens is left out.
+
+    Args:
+      params: parameters.
+      batch: `image`, `text` and `text_len`.
+
+    Returns:
+      float32 `[B, L, F, rows, columns]`, not negative; of pictures F is 1.
+    """
     text, text_len = batch["text"], batch["text_len"]
     tokens = self.apply(params, "read", text, text_len)
     seen = self.match_state(params, batch)
@@ -77,9 +95,5 @@ class PairMethod(ModuleMethod):
     )
     layers = sown["intermediates"]["fusion"]["layers"]["text"]
     (maps,) = layers["attention_map"]  # [layers, B, heads, L, F + F N]
-    found = jnp.max(maps[-1], axis=1)
-    rows = jnp.arange(text.shape[1])[None] == 0
-    if token_mask is not None:
-      rows = token_mask & masks.valid(text_len, text.shape[1])
-    found = jnp.einsum("bls,bl->bs", found, rows.astype(jnp.float32))
-    return self._grid(found[:, seen.frames.shape[1] :], batch)
+    frames = seen.frames.shape[1]
+    return self._frames(jnp.max(maps[-1], axis=1)[..., frames:], batch)

@@ -95,7 +95,7 @@ class Method(Protocol):
 
   It is hashable and static under `jit`. Evaluators ask for further
   capabilities by attribute: `caption_score`, `generate`, `patch_text_map`,
-  `reconstruct`, `match_state`, `match_score`, `keywords`.
+  `attention_maps`, `reconstruct`, `match_state`, `match_score`, `keywords`.
 
   Attributes:
     match_group: examples among which matching draws its negatives (1: none).
@@ -191,12 +191,17 @@ class ModuleMethod:
     """Embeds `batch["text"]`: float32 `[B, E]`, of unit length."""
     return self.apply(params, "encode_text", batch["text"], batch["text_len"])
 
-  def _grid(self, values: jax.Array, batch: Batch) -> jax.Array:
-    """Puts `[B, F N]`, a value a patch, in place: the mean of the frames."""
+  def _frames(self, values: jax.Array, batch: Batch) -> jax.Array:
+    """Puts `[..., F N]`, a value a patch, in place: `[..., F, rows, columns]`."""
     height, width = batch["image"].shape[-3:-1]
     size = self.module.vision.patch_size
     grid = (-1, height // size, width // size)
-    return jnp.mean(values.reshape(len(values), *grid), axis=1)
+    return values.reshape(*values.shape[:-1], *grid)
+
+  def _map(self, values: jax.Array, batch: Batch) -> jax.Array:
+    """As `_frames` for `[B, F N]`; pictures' maps are `[B, rows, columns]`."""
+    maps = self._frames(values, batch)
+    return maps if batch["image"].ndim == 5 else maps[:, 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,8 +235,7 @@ class DualEncoderMethod(ModuleMethod):
 
     Args:
       params: parameters.
-      batch: `image` (of clips, the mean of the frames' maps), `text` and
-        `text_len`.
+      batch: `image`, `text` and `text_len`.
       readout: one of `readouts`. `contribution`: what each patch adds to the
         similarity of picture and caption. `cosine`: of each patch with the
         caption. `cross_attention`: where the decoder looks while it writes.
@@ -239,11 +243,12 @@ class DualEncoderMethod(ModuleMethod):
         over; None takes all real tokens but the first.
 
     Returns:
-      float32 `[B, rows, columns]`; only the order of its values has meaning.
+      float32 `[B, rows, columns]`, of clips `[B, F, rows, columns]`; only the
+      order of its values has meaning.
     """
     names = {"contribution": "patch_contributions", "cosine": "patch_cosines"}
     args = (batch["image"], batch["text"], batch["text_len"])
-    return self._grid(self.apply(params, names[readout], *args), batch)
+    return self._map(self.apply(params, names[readout], *args), batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,7 +302,7 @@ class CaptionerMethod(DualEncoderMethod):
       weights = weights * token_mask[:, 1:]
     total = jnp.einsum("bln,bl->bn", rows, weights)
     total = total / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1)
-    return self._grid(total, batch)
+    return self._map(total, batch)
 
 
 def available() -> list[str]:
