@@ -5,7 +5,7 @@ python -m vlp_jax.main --config=configs/scl.py:debug      seconds
 python -m vlp_jax.main --config=configs/scl.py:b16        the paper's recipe
 python -m vlp_jax.main --config=configs/scl.py:reference  the release's quirks
 
-With --config.data.name=scenes_video --config.data.num_frames=4 it reads clips.
+Half of the steps are on scenes, half on clips of scenes_video: `config.clips`.
 """
 
 from vlp_jax import presets
@@ -43,7 +43,6 @@ def get_config(size: str = "tiny"):
 
 def tiny(config):
   presets.two_streams_tiny(config)
-  config.clips.update(share=0.5, name="scenes_video")
 
 
 def debug(config):

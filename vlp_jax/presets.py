@@ -93,7 +93,8 @@ def scenes_evals(captions: bool, matching: bool = False) -> ConfigDict:
 
   Args:
     captions: for methods that write them.
-    matching: for methods that score pairs of picture and text.
+    matching: for methods that score pairs of picture and text, and whose
+      words attend to patches.
   """
   evals = dict(
     # Watched while training; everything is chosen on validation.
@@ -105,7 +106,7 @@ def scenes_evals(captions: bool, matching: bool = False) -> ConfigDict:
   if captions:
     kinds.append("captioning")
   if matching:
-    kinds.append("reranking")
+    kinds += ["reranking", "alignment"]
   for prefix, split in (("eval", "test"), ("eval_comp", "comp")):
     for kind in kinds:
       evals[f"{kind}_{split}"] = evaluation(kind, split, prefix=prefix)
@@ -213,6 +214,12 @@ def two_streams_tiny(config: ConfigDict) -> None:
   model.fusion = ConfigDict(tower(96, 2, 2, dropout=0.0))
   model.init = "clip"
   model.start = ""  # an .npz file of `vlp_jax.convert.scl`
+  # Half of the steps are on clips, which other methods do not read.
+  config.clips.update(share=0.5, name="scenes_video")
+  for kind in ("retrieval", "reranking", "motion", "binding"):
+    config.evals[f"{kind}_clips"] = evaluation(
+      kind, "test", clips=True, prefix="eval_clips"
+    )
 
 
 def two_streams_at_scale(config: ConfigDict) -> None:

@@ -22,7 +22,7 @@ def assert_complete(workdir):
     for kind in (
       *("retrieval/i2t_r1", "reranking/i2t_r1", "reranking/t2i_r10"),
       *("pointing/accuracy", "binding/matching", "relation/matching"),
-      *("binding/matching_chance", "zeroshot/top1"),
+      *("binding/matching_chance", "zeroshot/top1", "alignment/local"),
     )
   }
   assert expected <= set(results["metrics"])
