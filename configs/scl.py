@@ -5,7 +5,8 @@ python -m vlp_jax.main --config=configs/scl.py:debug      seconds
 python -m vlp_jax.main --config=configs/scl.py:b16        the paper's recipe
 python -m vlp_jax.main --config=configs/scl.py:reference  the release's quirks
 
-Half of the steps are on scenes, half on clips of scenes_video: `config.clips`.
+Half of the steps are on scenes, half on clips of scenes_video. The paper's
+recipe takes clips of WebVid as well with --config.clips.share=0.5.
 """
 
 from vlp_jax import presets

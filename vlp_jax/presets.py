@@ -233,6 +233,11 @@ def two_streams_at_scale(config: ConfigDict) -> None:
     flip=0.5,
     eval_resize="stretch",
   )
+  # A run is on pictures or, with `clips.share`, on clips as well, of which a
+  # batch has half as many.
+  config.clips.update(
+    name="webvid", num_frames=4, image_size=224, batch_size=2048
+  )
   config.batch_size = 4096
   config.total_epochs = 0.0
   config.total_steps = 100_000

@@ -192,7 +192,7 @@ class ModuleMethod:
     return self.apply(params, "encode_text", batch["text"], batch["text_len"])
 
   def _frames(self, values: jax.Array, batch: Batch) -> jax.Array:
-    """Puts a value a patch in place: `[..., F N]`, `[..., F, rows, columns]`."""
+    """Puts `[..., F N]`, the patches' values, on `[..., F, rows, columns]`."""
     height, width = batch["image"].shape[-3:-1]
     size = self.module.vision.patch_size
     grid = (-1, height // size, width // size)
