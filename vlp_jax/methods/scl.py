@@ -147,14 +147,15 @@ class Scl(PairMethod):
       dropout = ctx.rngs["dropout"]
       return jax.random.fold_in(dropout, number) if ctx.train else None
 
+    sides = self.vision_weight or self.language_weight or self.token_weight
+    texts = [batch["text"], draws.words.text]
+    if sides or self.patch_weight:
+      texts.append(draws.part.text)
+    lengths = stack_rows(*[text_len] * len(texts))
     tokens = self.apply(
-      params,
-      "read",
-      stack_rows(batch["text"], draws.words.text, draws.part.text),
-      stack_rows(text_len, text_len, text_len),
-      dropout=key(0),
+      params, "read", stack_rows(*texts), lengths, dropout=key(0)
     )
-    text, worded, part = unstack_rows(tokens, 3)
+    text, worded, *part = unstack_rows(tokens, len(texts))
     patches = self.apply(params, "embed", image)
     seen = self.apply(params, "see", patches)
     shared = {
@@ -162,20 +163,19 @@ class Scl(PairMethod):
       "text": self.apply(params, "embed_text", text),
     }
     shown, match = self._pair(params, seen, shared, batch, draws)
-    pairs = [(text, shown), (worded, seen), (part, seen)]
+    pairs = [(text, shown), (worded, seen), *((x, seen) for x in part)]
     if self.patch_weight:
       hidden = masking.scatter_mask(draws.patches, patches.shape[-2])
       if image.ndim == 5:
         hidden = jnp.broadcast_to(hidden[:, None], patches.shape[:-1])
       covered = self.apply(params, "embed", image, hidden)
       pairs.append((text, self.apply(params, "see", covered)))
-    matched, filled, from_part, *covered = self._fuse(
-      params, pairs, text_len, key(1)
-    )
+    matched, filled, *others = self._fuse(params, pairs, text_len, key(1))
+    from_part, covered = (*others, None, None)[:2]
     terms, report = self._match_terms(params, matched, match)
     word, word_report = self._word_terms(params, filled[0], draws.words)
     terms, report = terms | word, report | word_report
-    if self.vision_weight or self.language_weight or self.token_weight:
+    if sides:
       short = self.apply(params, "see", patches, draws.keep)
       (whole,) = self._fuse(params, [(text, short)], text_len, key(2))
       sides = {
@@ -191,7 +191,7 @@ class Scl(PairMethod):
       rows = (masking.take(x[0], places) for x in (from_part, whole))
       terms["token"] = self._token_term(*rows, weights, ids)
     if self.patch_weight:
-      rows = [_patches_at(x[1], draws.patches) for x in (covered[0], from_part)]
+      rows = [_patches_at(x[1], draws.patches) for x in (covered, from_part)]
       weights = jnp.ones(rows[0].shape[:2])
       terms["patch"] = self._token_term(*rows, weights, ids)
     return Output(shared, terms, report)
