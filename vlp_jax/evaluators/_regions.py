@@ -36,7 +36,8 @@ def phrases(
 
   Args:
     language: of the caption and the objects; see `sources.Source`.
-    caption: one that is not in the language has no terms.
+    caption: its words one space apart; one that is not in the language has no
+      terms.
     objects: of the picture or the clip.
     num_frames: of a clip, as many as are shown; 0 of a picture.
   """
