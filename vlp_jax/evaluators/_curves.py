@@ -31,9 +31,11 @@ def loss_curves(method: Method, path: pathlib.Path) -> Sheet | None:
     return None
   recalls = _recalls(curves)
   panel, gap, top, height = 5.2, 0.9, 0.75, 3.6
+  clips = "train_clips/loss" in curves
   sheet = Sheet(
     "Training: loss and retrieval over the steps",
     "Left, the loss, and its terms before they are weighted; lower is better. "
+    + ("Dashed: of the steps on clips. " if clips else "")
     + (
       "Right, how often retrieval finds the right one among the first 1, 5 or "
       "10 on data that it was not trained on; higher is better. Dotted: chance."
@@ -44,11 +46,16 @@ def loss_curves(method: Method, path: pathlib.Path) -> Sheet | None:
     top + height + 0.55,
   )
   axes = sheet.axes(0.5, top, panel - 0.3, height)
-  _draw(axes, "train/loss", curves["train/loss"], INK, "loss", linewidth=2.2)
-  names = [f"train/{name}" for name in method.term_weights(jnp.int32(0))]
-  names = [name for name in names if name in curves]
-  for name, color in zip(names, LINES * len(names), strict=False):
-    _draw(axes, name, curves[name], color, name.removeprefix("train/"))
+  names = ["loss", *method.term_weights(jnp.int32(0))]
+  names = [name for name in names if f"train/{name}" in curves]
+  for name, color in zip(names, [INK, *LINES * len(names)], strict=False):
+    width = 2.2 if name == "loss" else 1.5
+    label = f"train/{name}"
+    _draw(axes, label, curves[label], color, name, linewidth=width)
+    label = f"train_clips/{name}"
+    if label in curves:
+      style = dict(linestyle="--", linewidth=width)
+      _draw(axes, label, curves[label], color, f"_{name}", **style)
   axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
   _finish(axes, "loss", columns=4)
   if not recalls:

@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from vlp_jax.data import joint
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import (
   _batching,
@@ -63,22 +64,19 @@ def make_pictures(
     The files.
   """
   folder = pathlib.Path(workdir) / "pictures"
-  makers: list[tuple[str, Callable]] = []
-  examples = _open(method, env)
-  if examples is not None:
-    makers = [
-      ("retrieval_text_to_image", _text_to_image),
-      ("retrieval_image_to_text", _image_to_text),
-      ("heatmaps", _heatmaps),
-      ("captions", _captions),
-      ("reconstruction", _reconstruction),
-    ]
+  envs = {"": env}
+  if joint.has_clips(env.config):
+    envs["_clips"] = env.clips
   paths = []
   with _plots.style():
-    for name, make in makers:
-      sheet = make(examples, params)
-      if sheet is not None:
-        paths.append(sheet.save(folder / f"{name}.png"))
+    for suffix, one in envs.items():
+      examples = _open(method, one)
+      if examples is None:
+        continue
+      for name, make in _MAKERS.items():
+        sheet = make(examples, params)
+        if sheet is not None:
+          paths.append(sheet.save(folder / f"{name}{suffix}.png"))
     sheet = _curves.loss_curves(method, pathlib.Path(workdir) / "metrics.jsonl")
     if sheet is not None:
       paths.append(sheet.save(folder / "loss_curves.png"))
@@ -384,3 +382,12 @@ def _target_note(method: Method) -> str:
     "The model predicts the pattern of a patch; its mean and contrast are the "
     "original's. "
   )
+
+
+_MAKERS: dict[str, Callable] = {
+  "retrieval_text_to_image": _text_to_image,
+  "retrieval_image_to_text": _image_to_text,
+  "heatmaps": _heatmaps,
+  "captions": _captions,
+  "reconstruction": _reconstruction,
+}
