@@ -8,6 +8,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
+from vlp_jax import config as config_lib
 from vlp_jax import sharding
 from vlp_jax.data import motion_language, scenes_language, sources
 from vlp_jax.evaluators import _matching, base
@@ -187,21 +188,10 @@ def watch_states(monkeypatch) -> list[list[int]]:
 
 def environment(source, tokenizer=None, devices=1) -> base.Env:
   """An environment whose every split is `source`."""
-  config = ml_collections.ConfigDict(
-    {
-      "data": {
-        "image_size": IMAGE_SIZE,
-        "num_frames": 0,
-        "num_workers": 0,
-        "name": "fake",
-        "eval_resize": "crop",
-        "clean_captions": False,
-      },
-      "tokenizer": {"max_len": MAX_LEN},
-      "method": {"name": "fake"},
-      "evals": {},
-    }
-  )
+  config = config_lib.default_config()
+  config.data.update(image_size=IMAGE_SIZE, name="fake")
+  config.tokenizer.max_len = MAX_LEN
+  config.method.name = "fake"
   mesh = sharding.make_mesh((devices, 1, 1), jax.devices()[:devices])
   env = base.Env(config, mesh, tokenizer or Tokenizer())
   for split in ("train", "validation", "test", "comp"):

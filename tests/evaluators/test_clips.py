@@ -125,22 +125,46 @@ def test_what_needs_other_annotations_is_left_out():
     fakes.build("motion", fakes.Dual(), pictures)
 
 
-def test_the_config_of_scl_serves_pictures_and_clips():
-  annotated = {"objects": OBJECTS, "binding": NONE, "relation": NONE}
-  records = fakes.records(CAPTIONS, phrases=NONE, **annotated)
-  always = {"retrieval", "reranking", "zeroshot", "binding", "alignment"}
-  for env, more in (
-    (setting(), {"motion"}),
-    (fakes.environment(records), {"pointing", "relation"}),
-  ):
+def test_the_config_of_scl_serves_pictures_and_clips(monkeypatch):
+  fields = {"objects": OBJECTS, "binding": NONE, "relation": NONE}
+  records = fakes.records(CAPTIONS, phrases=NONE, **fields)
+  films = setting().source("test")
+  monkeypatch.setattr(base.sources, "open_source", lambda *_: films)
+  both = {"retrieval", "reranking", "binding"}
+  pictures = both | {"zeroshot", "alignment", "pointing", "relation"}
+  for name, clips in (("", set()), ("films", both | {"motion"})):
+    env = fakes.environment(records)
     env.config.evals = toys.config("scl").evals
-    built = base.build_all(toys.method("scl"), env)
-    assert {evaluator.config.type for evaluator in built.values()} == (
-      always | more
-    )
+    env.config.clips.name = name
+    built = base.build_all(toys.method("scl"), env).values()
+    for of_clips, types in ((False, pictures), (True, clips)):
+      found = {e.config.type for e in built if e.config.clips is of_clips}
+      assert found == types
 
 
 def test_workers_can_have_a_part_of_a_source():
   part = fakes.build("retrieval", fakes.Dual(), setting()).source
   copy = pickle.loads(pickle.dumps(part))
   assert copy.annotated and copy.language is motion_language
+
+
+def test_evaluations_of_clips_in_a_run_on_pictures(monkeypatch):
+  env, films = fakes.environment(fakes.records([["a"]])), setting()
+  with pytest.raises(base.NotApplicableError, match=r"config\.clips\.name"):
+    fakes.build("retrieval", fakes.Dual(), env, clips=True)
+  opened = []
+
+  def open_source(data, split):
+    opened.append((data.name, data.num_frames, data.image_size, split))
+    return films.source("test")
+
+  monkeypatch.setattr(base.sources, "open_source", open_source)
+  env.config.clips.update(name="films", num_frames=FRAMES, image_size=8)
+  evaluator = fakes.build(
+    "retrieval", fakes.Dual(), env, clips=True, split="test"
+  )
+  assert len(evaluator.records) == 4
+  assert opened == [("films", FRAMES, 8, "test")]
+  assert evaluator.image(0).shape == (FRAMES, 8, 8, 3)
+  other = fakes.build("retrieval", fakes.Dual(), env, split="test")
+  assert len(other.records) == 1

@@ -197,6 +197,7 @@ def _drawn(overrides, lengths, size=20_000):
     index=np.arange(size, dtype=np.int32),
     text=np.full((size, length), 7, np.int32),
     text_len=text_len,
+    image=np.zeros((size, toys.IMAGE, toys.IMAGE, 3), np.uint8),
   )
   draws = jax.device_get(toys.jit(method.draw)(data, toys.context()))
   return text_len - 2, draws
