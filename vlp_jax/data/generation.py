@@ -9,6 +9,7 @@ main module.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import os
 import pathlib
@@ -17,24 +18,29 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 _FEW = 400  # examples that are not worth the start of a process
 
 
-class Spec(Protocol):
+@dataclasses.dataclass(frozen=True)
+class Spec:
   """What a configuration of a data set is, as far as all of them share it.
 
   Attributes:
     description: one line.
+    num_train, num_eval: examples in `train` and in each of the other splits.
     image_size: pixels to a side.
   """
 
   description: str
-  image_size: int
+  num_train: int
+  num_eval: int
+  image_size: int = 64
 
   def num_examples(self, split: str) -> int:
     """Returns the number of examples of a split."""
+    return self.num_train if split == "train" else self.num_eval
 
 
 def examples(module: str, name: str, split: str) -> Iterator[dict[str, Any]]:

@@ -48,31 +48,22 @@ _MOTIONS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
+class Spec(generation.Spec):
   """What a configuration of the data set is.
 
   Attributes:
-    description: one line.
-    image_size: pixels to a side.
     frames: numbers of frames, odd; drawn from evenly.
     counts: numbers of objects in a clip; drawn from evenly.
     radii: those of small and of large objects, in 1/1024 of the picture.
     way: how far an object moves in all, likewise.
-    num_train, num_eval: examples in `train` and in each of the other splits.
   """
 
-  description: str
-  image_size: int = 64
+  num_train: int = 4_000
+  num_eval: int = 500
   frames: tuple[int, ...] = (5, 7, 9, 11, 13, 15)
   counts: tuple[int, ...] = (1, 2, 2, 3)
   radii: tuple[range, range] = (range(88, 105, 8), range(136, 161, 8))
   way: range = range(224, 321, 32)
-  num_train: int = 4_000
-  num_eval: int = 500
-
-  def num_examples(self, split: str) -> int:
-    """Returns the number of examples of a split."""
-    return self.num_train if split == "train" else self.num_eval
 
 
 SPECS: Mapping[str, Spec] = {

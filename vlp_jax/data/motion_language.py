@@ -168,13 +168,8 @@ def captions(objects: Sequence[Object], dice: Dice) -> list[str]:
     "only"; [4] a part, and no motion.
   """
   everything = [describe(thing, size=True) for thing in dice.shuffled(objects)]
-  texts = [_say(everything)]
-  for make in (_motion, _partly, _count, _part):
-    text = make(objects, dice)
-    while text in texts:
-      text = make(objects, dice)
-    texts.append(text)
-  return texts
+  makers = (_motion, _partly, _count, _part)
+  return scenes.distinct(_say(everything), makers, objects, dice)
 
 
 def _say(terms: Iterable[Act], only: bool = False) -> str:

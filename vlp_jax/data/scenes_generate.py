@@ -27,27 +27,18 @@ _HELD_OUT_PAIRS = sorted(language.HELD_OUT)
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
+class Spec(generation.Spec):
   """What a configuration of the data set is.
 
   Attributes:
-    description: one line.
-    image_size: pixels to a side.
     counts: numbers of objects in a scene; drawn from evenly.
     radii: those of small and of large objects, in 1/1024 of the picture.
-    num_train, num_eval: examples in `train` and in each of the other splits.
   """
 
-  description: str
-  image_size: int = 64
-  counts: tuple[int, ...] = (1, 2, 2, 3, 3)
-  radii: tuple[range, range] = (range(96, 121, 8), range(168, 209, 8))
   num_train: int = 20_000
   num_eval: int = 1_000
-
-  def num_examples(self, split: str) -> int:
-    """Returns the number of examples of a split."""
-    return self.num_train if split == "train" else self.num_eval
+  counts: tuple[int, ...] = (1, 2, 2, 3, 3)
+  radii: tuple[range, range] = (range(96, 121, 8), range(168, 209, 8))
 
 
 SPECS: Mapping[str, Spec] = {

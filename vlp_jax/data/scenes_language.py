@@ -298,8 +298,27 @@ def captions(objects: Sequence[Object], dice: Dice) -> list[str]:
     [0] every object with its size and place; [1] a relation (of a lone object,
     its size); [2] one object's place; [3] a count, or "only"; [4] a part.
   """
-  texts = [say(_all_of([*map(describe_fully, dice.shuffled(objects))]))]
-  for make in (_relation, _place, _count, _part):
+  everything = say(_all_of([*map(describe_fully, dice.shuffled(objects))]))
+  makers = (_relation, _place, _count, _part)
+  return distinct(everything, makers, objects, dice)
+
+
+def distinct(
+  first: str, makers: Iterable[Callable], objects: Sequence, dice: Dice
+) -> list[str]:
+  """Adds a text of each maker to a first one; makes it anew until it differs.
+
+  Args:
+    first: a text.
+    makers: each maps objects and dice to a text.
+    objects: what the texts are about.
+    dice: of all draws.
+
+  Returns:
+    Texts that all differ, one more than there are makers.
+  """
+  texts = [first]
+  for make in makers:
     text = make(objects, dice)
     while text in texts:
       text = make(objects, dice)

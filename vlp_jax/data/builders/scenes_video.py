@@ -6,18 +6,13 @@ docs/scenes.md says what is in it. A clip is its frames, each a PNG.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
-import tensorflow_datasets as tfds
 
 from vlp_jax.data import motion_generate, motion_language, tfds_fields
 from vlp_jax.data.builders import embedded
 
 LANGUAGE = motion_language
-_ANNOTATIONS = ("objects", "motion", "binding")
 
 
 class ScenesVideo(embedded.EmbeddedBuilder):
@@ -25,36 +20,11 @@ class ScenesVideo(embedded.EmbeddedBuilder):
 
   GENERATOR = motion_generate
   UNIT = "clips"
+  PICTURES = "frames"
+  DESCRIPTION = "Clips of shapes that move, with captions that are true."
+  ANNOTATIONS = ("objects", "motion", "binding")
   BUILDER_CONFIGS = embedded.configs(motion_generate)
   DEFAULT_BUILDER_CONFIG_NAME = embedded.EmbeddedBuilder.DEFAULT
-
-  def _info(self) -> tfds.core.DatasetInfo:
-    size = self.spec.image_size
-    text = tfds.features.Text
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description="Clips of shapes that move, with captions that are true.",
-      features=tfds.features.FeaturesDict(
-        {
-          "frames": tfds.features.Sequence(
-            tfds.features.Image(shape=(size, size, 3), encoding_format="png")
-          ),
-          "image_id": np.int32,
-          "captions": tfds.features.Sequence(text()),
-          **{
-            name: text(doc="JSON, see docs/scenes.md") for name in _ANNOTATIONS
-          },
-        }
-      ),
-      disable_shuffling=True,  # pairs of clips are independent draws already
-    )
-
-  @staticmethod
-  def to_features(example: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns an example of `motion_generate` into what TFDS stores."""
-    texts = {name: json.dumps(example[name]) for name in _ANNOTATIONS}
-    kept = {name: example[name] for name in ("image_id", "captions")}
-    return {"frames": example["image"], **kept, **texts}
 
 
 def to_record(example: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,9 +41,7 @@ def to_record(example: Mapping[str, Any]) -> dict[str, Any]:
   """
   return {
     "image": [bytes(frame) for frame in example["frames"]],
-    "image_id": int(example["image_id"]),
-    "captions": [caption.decode() for caption in example["captions"]],
-    **{name: json.loads(example[name]) for name in _ANNOTATIONS},
+    **embedded.told(example, ScenesVideo.ANNOTATIONS),
   }
 
 
