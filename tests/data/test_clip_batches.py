@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.data.test_clips import animation
+from tests.data.toy import assert_equal
 from vlp_jax import config as config_lib
 from vlp_jax import train_state
 from vlp_jax.data import (
@@ -55,13 +56,6 @@ def take(config, count, **kwargs):
   tokenizer = tokenizer_lib.get_tokenizer(config, source)
   with pipeline.train_batches(source, tokenizer, config, **kwargs) as batches:
     return list(itertools.islice(batches, count))
-
-
-def assert_equal(actual, expected):
-  for a, b in zip(actual, expected, strict=True):
-    assert a.keys() == b.keys()
-    for key in a:
-      np.testing.assert_array_equal(a[key], b[key])
 
 
 def places_of(batch):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.toy import Toy, build, gray, png
+from tests.data.toy import Toy, assert_equal, build, gray, png
 from vlp_jax.data import mixture, pipeline, sources, turns
 from vlp_jax.data import tokenizer as tokenizer_lib
 from vlp_jax.errors import UserError
@@ -53,13 +53,6 @@ def opened(config):
 def take(config, count, **kwargs):
   with pipeline.train_batches(*opened(config), config, **kwargs) as batches:
     return list(itertools.islice(batches, count))
-
-
-def assert_equal(actual, expected):
-  for a, b in zip(actual, expected, strict=True):
-    assert a.keys() == b.keys()
-    for key in a:
-      np.testing.assert_array_equal(a[key], b[key])
 
 
 def visited(config, count, field="image_id"):

@@ -21,6 +21,16 @@ def gray(index: int):
   return (index % 256, index // 256, 100)
 
 
+def assert_equal(actual, expected):
+  """Batches that agree in every field."""
+  assert len(actual) == len(expected)
+  for a, b in zip(actual, expected, strict=True):
+    assert a.keys() == b.keys()
+    for key in a:
+      assert a[key].dtype == b[key].dtype
+      np.testing.assert_array_equal(a[key], b[key])
+
+
 class Toy(tfds.core.GeneratorBasedBuilder):
   """Pictures whose colour is their number, with two captions each."""
 
