@@ -29,8 +29,8 @@ Data = bytes | Sequence[bytes]
 _COMPLETE = 0.95
 
 
-class UnreadableClip(UnreadableImage):
-  """Bytes that are no clip, or a damaged one.
+class Reasoned(Exception):
+  """Why something cannot be used, so that it can be counted.
 
   Attributes:
     reason: what is wrong, of a fixed set; `str()` may add details.
@@ -39,6 +39,10 @@ class UnreadableClip(UnreadableImage):
   def __init__(self, reason: str, detail: str = ""):
     super().__init__(f"{reason} ({detail})" if detail else reason)
     self.reason = reason
+
+
+class UnreadableClip(Reasoned, UnreadableImage):
+  """Bytes that are no clip, or a damaged one."""
 
 
 class Clip(Protocol):

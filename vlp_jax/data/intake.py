@@ -38,16 +38,8 @@ CLIPS = frozenset(
 )
 
 
-class Rejected(Exception):
-  """A picture or caption that cannot be used.
-
-  Attributes:
-    reason: what is wrong, of a fixed set; `str()` may add details.
-  """
-
-  def __init__(self, reason: str, detail: str = ""):
-    super().__init__(f"{reason} ({detail})" if detail else reason)
-    self.reason = reason
+class Rejected(clips.Reasoned):
+  """A picture, clip, caption or path that cannot be used."""
 
 
 def picture(
