@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vlp_jax.models import initializers
-from vlp_jax.models.attention import Dropout, KeysValues
+from vlp_jax.models.attention import KeysValues
+from vlp_jax.models.text import BertEmbeddings
 from vlp_jax.models.transformer import Transformer, layer_norm
 from vlp_jax.ops import masks
 
@@ -69,7 +69,7 @@ class Stream(nn.Module):
     return self.norm(x), cache
 
 
-class SingleStream(nn.Module):
+class SingleStream(BertEmbeddings):
   """One BERT with cross-attention, used in three ways (Khan et al. 2022).
 
   Its weights encode text alone, text given a picture, and a picture given
@@ -77,31 +77,15 @@ class SingleStream(nn.Module):
   through layers of its own, and those with cross-attention continue from
   there: ALBEF's 6 + 6 layers (Li et al. 2021).
 
+  `transformer` has cross-attention; of `max_len` positions patches and [CLS]
+  take theirs, too.
+
   Attributes:
-    vocab_size: V.
-    max_len: the most tokens, or patches and [CLS], that have positions.
-    transformer: the stack with cross-attention, post-norm.
     text_transformer: layers for text alone, or None: then text alone goes
       through `transformer`, without its cross-attention.
-    dropout: rate after the embeddings.
-    dtype: of the matrix products.
   """
 
-  vocab_size: int
-  max_len: int
-  transformer: Transformer
   text_transformer: Transformer | None = None
-  dropout: float = 0.0
-  dtype: Any = jnp.float32
-
-  def setup(self):
-    width, init = self.transformer.width, initializers.normal(0.02)
-    self.embedding = nn.Embed(
-      self.vocab_size, width, embedding_init=init, dtype=self.dtype
-    )
-    self.pos = self.param("pos", init, (self.max_len, width))
-    self.norm = layer_norm(dtype=self.dtype, epsilon=self.transformer.epsilon)
-    self.drop = Dropout(self.dropout)
 
   def embed(self, text: jax.Array) -> jax.Array:
     """Embeds tokens, int32 `[B, L]`: `[B, L, D]`, normed, with positions."""

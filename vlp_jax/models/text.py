@@ -92,15 +92,12 @@ class TextTower(nn.Module):
     return self.transformer.decode(x, cache, position)
 
 
-class BidirectionalText(nn.Module):
-  """RoBERTa (Liu et al. 2019): every token sees all tokens, on both sides.
-
-  Its table of positions begins with two rows that no real token has: the
-  first is not used, pads have the second.
+class BertEmbeddings(nn.Module):
+  """What language models in BERT's manner have before their stack.
 
   Attributes:
     vocab_size: V.
-    max_len: the most tokens a text may have; 512 in RoBERTa.
+    max_len: the most tokens that have positions.
     transformer: the stack, post-norm.
     dropout: rate after the embeddings.
     dtype: of the matrix products.
@@ -111,16 +108,32 @@ class BidirectionalText(nn.Module):
   transformer: Transformer
   dropout: float = 0.0
   dtype: Any = jnp.float32
+  unused_rows = 0  # of the table of positions, at its beginning
 
   def setup(self):
     width, init = self.transformer.width, initializers.normal(0.02)
     self.embedding = nn.Embed(
       self.vocab_size, width, embedding_init=init, dtype=self.dtype
     )
-    self.pos = self.param("pos", init, (2 + self.max_len, width))
-    self.type = self.param("type", init, (width,))
+    rows = self.unused_rows + self.max_len
+    self.pos = self.param("pos", init, (rows, width))
     self.norm = layer_norm(dtype=self.dtype, epsilon=self.transformer.epsilon)
     self.drop = Dropout(self.dropout)
+
+
+class BidirectionalText(BertEmbeddings):
+  """RoBERTa (Liu et al. 2019): every token sees all tokens, on both sides.
+
+  Its table of positions begins with two rows that no real token has: the
+  first is not used, pads have the second. `max_len` is 512 in RoBERTa.
+  """
+
+  unused_rows = 2
+
+  def setup(self):
+    super().setup()
+    init = initializers.normal(0.02)
+    self.type = self.param("type", init, (self.transformer.width,))
 
   def __call__(self, text: jax.Array, text_len: jax.Array) -> jax.Array:
     """Encodes texts.
