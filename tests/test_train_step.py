@@ -71,20 +71,37 @@ QUICK = {
   ("sycoca_tokens_random", (1, 8, 1), 2),
   ("albef", (8, 1, 1), 2),
   ("simla", (2, 2, 2), 4),
-  ("scl", (1, 1, 1), 4),
+  ("scl", (2, 2, 2), 4),
 }
 CASES = [
   pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
   for case in itertools.product(METHODS, [ONE, *MESHES], CHUNKS)
-  # Groups of four that share negatives are not cut. To a toy of SCL all
-  # pictures look alike: on several devices what is left of gradients that
-  # cancel is rounding.
+  # Groups of four that share negatives are not cut.
   if case[1:] != (ONE, 1)
-  and not (case[0] == "scl" and case[1] != ONE)
   and not (
     case[0] in ("albef", "simla", "scl") and np.prod(case[1][:2]) * case[2] > 16
   )
 ]
+
+
+def _params(name, seed=0):
+  """Drawn parameters, with which SCL tells examples apart.
+
+  To [CLS] of its shallow towers all toys look alike (cosines of 0.995): what
+  its contrast's gradients sum up cancels, on one device, too, and leaves
+  rounding. With more attention to the others, cosines are 0.89 and 0.97, and
+  these gradients twenty times as large.
+  """
+  params = toys.params(*METHODS[name], seed=seed)
+  if name != "scl":
+    return params
+
+  def louder(path, leaf):
+    names = {part.key for part in path}
+    return 2 * leaf if {"self_attention", "kernel"} <= names else leaf
+
+  towers = {tower: params[tower] for tower in ("vision", "text")}
+  return params | jax.tree_util.tree_map_with_path(louder, towers)
 
 
 @functools.cache
@@ -94,8 +111,8 @@ def _losses_and_gradients(name, mesh_shape, accumulate):
   optimizer = optim.skip_nonfinite(toys.record_gradients())
   state = _start(
     optimizer,
-    toys.params(*METHODS[name]),
-    toys.params(*METHODS[name], seed=1) if method.uses_ema else None,
+    _params(name),
+    _params(name, seed=1) if method.uses_ema else None,
     toys.method_state(*METHODS[name]),
   )
   shardings = sharding.shardings_for(state, mesh)
