@@ -1,11 +1,14 @@
-"""What a step of SIMLA costs: ours, with the release's calls, and ALBEF's.
+"""What a step of SIMLA and of SCL costs: ours, and with their releases' calls.
 
-  python -m benchmarks.method_cost             operations, two minutes
+  python -m benchmarks.method_cost             operations, three minutes
   python -m benchmarks.method_cost --time      and seconds at `tiny`
+  python -m benchmarks.method_cost --method=scl
 
-Operations are XLA's own count of forward and backward passes (multiplications
-and additions, before it optimises), at the paper's size and at `tiny`, a
-sample; layers are unrolled, since a loop's body would be counted once. The
+Beside SIMLA stands ALBEF, beside SCL what it is without completion (CL, ITM and
+MLM), and GLSCL. Operations are XLA's own count (multiplications and additions,
+before it optimises) of the forward pass, and of forward and backward passes, a
+sample: at the paper's size, at `tiny`, and of SCL for clips of four frames of
+224 pixels. Layers are unrolled, since a loop's body would be counted once. The
 optimizer, the average and the tokenizer of patches are left out, which all
 variants share. Before anything is counted, ours and the release's calls have
 to agree in every loss to 1e-5 at `tiny`, dropout off. One line of JSON is added
@@ -19,23 +22,79 @@ import dataclasses
 import os
 import pathlib
 import statistics
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import rounds
-from benchmarks.release_calls import ReleaseCalls
+from benchmarks.scl_release_calls import SclReleaseCalls
+from benchmarks.simla_release_calls import SimlaReleaseCalls
 from vlp_jax import config as config_lib
 from vlp_jax import huge_pages, train_state
 from vlp_jax.methods import base
 from vlp_jax.methods.base import Context
 from vlp_jax.ops import rng
 
-VARIANTS = ("simla", "release", "albef")
+
+class Variant(NamedTuple):
+  """A way to compute a step.
+
+  Attributes:
+    config: of `configs/`.
+    items: what is changed in it.
+    calls: the class that makes the release's calls; None makes ours.
+  """
+
+  config: str
+  items: tuple[str, ...] = ()
+  calls: type | None = None
+
+
+_FUSION = ("model.stream.dropout=0.0", "method.queue_size=1024")
+_SIMLA = Variant("simla", (*_FUSION, "method.visual_tokenizer=patches"))
+_SCL = Variant("scl", ("model.text.dropout=0.0", "model.fusion.dropout=0.0"))
+_BASELINE = (*_SCL.items, "method.vision_weight=0", "method.language_weight=0")
+_GLSCL = (*_SCL.items, "method.patch_weight=0.2", "method.token_weight=0.2")
+METHODS = {
+  "simla": {
+    "simla": _SIMLA,
+    "simla_release": _SIMLA._replace(calls=SimlaReleaseCalls),
+    "albef": Variant("albef", _FUSION),
+  },
+  "scl": {
+    "scl": _SCL,
+    "scl_release": _SCL._replace(calls=SclReleaseCalls),
+    "baseline": Variant("scl", _BASELINE),
+    "baseline_release": Variant("scl", _BASELINE, SclReleaseCalls),
+    "glscl": Variant("scl", _GLSCL),
+    "glscl_release": Variant("scl", _GLSCL, SclReleaseCalls),
+  },
+}
+VARIANTS = {k: v for table in METHODS.values() for k, v in table.items()}
 RATIOS = {
-  "ours / the release's calls": ("simla", "release", "<= 0.75 at the paper's"),
+  "SIMLA / its release": ("simla", "simla_release", "<= 0.75 of a step"),
   "SIMLA / ALBEF": ("simla", "albef", ""),
+  "SCL / its release": ("scl", "scl_release", "<= 0.58 of the forward pass"),
+  "without completion / release": ("baseline", "baseline_release", ""),
+  "GLSCL / its release": ("glscl", "glscl_release", ""),
+  "SCL / release without completion": ("scl", "baseline_release", ""),
+}
+# A size of the config, and what is changed in it.
+SIZES = {
+  "b16": ("b16", ()),
+  "tiny": ("tiny", ()),
+  "b16_clips": ("b16", ("data.num_frames=4", "data.image_size=224")),
+  "tiny_clips": ("tiny", ("data.num_frames=4",)),
+}
+# What is counted of each method, and where ours and the release's are compared.
+COUNTED = {"simla": ("b16", "tiny"), "scl": ("b16", "tiny", "b16_clips")}
+COMPARED = {"simla": ("tiny",), "scl": ("tiny", "tiny_clips")}
+# Options of XLA that compile fast what runs once.
+FAST = {
+  "xla_backend_optimization_level": 0,
+  "xla_llvm_disable_expensive_passes": True,
 }
 PACKAGES = ("jax", "flax")
 RESULTS = rounds.RESULTS / "method_cost.jsonl"
@@ -45,6 +104,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
+  parser.add_argument("--method", choices=METHODS, help="default: all")
   parser.add_argument("--time", action="store_true")
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--steps", type=int, default=8, help="a round")
@@ -54,41 +114,49 @@ def main() -> None:
   if options.worker:
     rounds.serve({}, runner(options.worker))
     return
-  check_equal()
-  found = {"operations": {s: count(s) for s in ("b16", "tiny")}}
+  methods = [options.method] if options.method else list(METHODS)
+  found = {"forward": {}, "operations": {}}
+  for method in methods:
+    check_equal(method)
+    for size in COUNTED[method]:
+      for name in METHODS[method]:
+        forward, step = count(name, size)
+        found["forward"].setdefault(size, {})[name] = forward
+        found["operations"].setdefault(size, {})[name] = step
   if options.time:
-    found |= seconds(options)
+    found |= seconds(options, [x for m in methods for x in METHODS[m]])
   record = rounds.record("method_cost", PACKAGES, found)
   rounds.show_machine(record["machine"])
   show(record)
   rounds.keep(record, options.output)
 
 
-def build(variant: str, size: str, batch_size: int):
+def build(name: str, size: str, batch_size: int):
   """Returns a variant's method and config, without dropout and rounding."""
-  name = "albef" if variant == "albef" else "simla"
+  variant, (size, changes) = VARIANTS[name], SIZES[size]
   items = [
     f"batch_size={batch_size}",
-    "model.stream.dropout=0.0",
     "model.scan=false",
     "model.remat=none",
     "model.dtype=float32",
-    "method.queue_size=1024",
+    *variant.items,
+    *changes,
   ]
-  if name == "simla":
-    codes = 8192 if size == "b16" else 512
-    items += ["method.visual_tokenizer=patches"]
-    items += [f"method.visual_vocab_size={codes}"]
-  config = config_lib.load(f"configs/{name}.py:{size}", items)
-  method = base.get(name, config)
-  if variant == "release":
-    fields = dataclasses.fields(method)
-    method = ReleaseCalls(**{f.name: getattr(method, f.name) for f in fields})
+  config = config_lib.load(f"configs/{variant.config}.py:{size}", items)
+  method = base.get(variant.config, config)
+  if variant.calls:
+    method = with_calls(variant.calls, method)
   return method, config
 
 
-def gradient(method):
-  """Returns a function of parameters, batch and context: losses, gradient."""
+def with_calls(calls: type, method):
+  """Returns a method of the class `calls`, with the fields of another."""
+  fields = dataclasses.fields(method)
+  return calls(**{f.name: getattr(method, f.name) for f in fields})
+
+
+def losses(method):
+  """Returns a function of parameters, batch and context: the sum, and each."""
 
   def loss(params, batch, ctx):
     ctx = ctx._replace(train=True)
@@ -98,7 +166,12 @@ def gradient(method):
     values = {k: m.total / jnp.maximum(m.weight, 1) for k, m in terms.items()}
     return sum(values.values()), values
 
-  return jax.value_and_grad(loss, has_aux=True)
+  return loss
+
+
+def gradient(method):
+  """Returns a function of the same: the losses, and the sum's gradient."""
+  return jax.value_and_grad(losses(method), has_aux=True)
 
 
 def inputs(method, config):
@@ -106,7 +179,9 @@ def inputs(method, config):
   spec = train_state.batch_spec(config)
   zeros = {k: jnp.zeros(v.shape, v.dtype) for k, v in spec.items()}
   params, state = method.init(jax.random.key(0), zeros)
-  teacher = method.init(jax.random.key(1), zeros)[0]
+  teacher = None
+  if method.uses_ema:
+    teacher = method.init(jax.random.key(1), zeros)[0]
   draw = jax.random.key(2)
   size, length = spec["text"].shape
   text = jax.random.randint(
@@ -132,60 +207,66 @@ def inputs(method, config):
   )
 
 
-def count(size: str, batch_size: int = 4) -> dict[str, float]:
-  """Returns GFLOP a sample of each variant."""
-  found = {}
-  for variant in VARIANTS:
-    method, config = build(variant, size, batch_size)
-    arguments = jax.eval_shape(lambda m=method, c=config: inputs(m, c)[:2])
-    ctx = jax.eval_shape(
-      lambda m=method, c=config: inputs(m, c)[2]._replace(train=0)
-    )
-    lowered = jax.jit(gradient(method)).lower(*arguments, ctx)
-    found[variant] = lowered.cost_analysis()["flops"] / batch_size / 1e9
-  return found
+def count(name: str, size: str, batch_size: int = 4) -> tuple[float, float]:
+  """Returns GFLOP a sample: of the forward pass, and with the backward pass."""
+  method, config = build(name, size, batch_size)
+  made = jax.eval_shape(lambda: inputs(method, config))
+
+  def gflop(function):
+    lowered = jax.jit(function).lower(*made)
+    return lowered.cost_analysis()["flops"] / batch_size / 1e9
+
+  return gflop(losses(method)), gflop(gradient(method))
 
 
-def check_equal() -> None:
-  """Raises unless ours and the release's calls agree."""
-  losses = {}
-  for variant in ("simla", "release"):
-    method, config = build(variant, "tiny", 8)
-    params, batch, ctx = inputs(method, config)
-    (_, values), _ = jax.jit(gradient(method))(params, batch, ctx)
-    losses[variant] = values
-  for name, value in losses["simla"].items():
+def check_equal(method: str) -> None:
+  """Raises unless ours and the release's calls agree, in every loss."""
+  table = METHODS[method]
+  for ours in table:
+    if (release := f"{ours}_release") in table:
+      for size in COMPARED[method]:
+        _compare(ours, release, size)
+
+
+def _compare(ours: str, release: str, size: str) -> None:
+  method, config = build(ours, size, 8)
+  made = jax.jit(lambda: inputs(method, config), compiler_options=FAST)()
+  got, want = (
+    jax.jit(losses(x), compiler_options=FAST)(*made)[1]
+    for x in (method, build(release, size, 8)[0])
+  )
+  assert got.keys() == want.keys(), (ours, got.keys(), want.keys())
+  for name, value in got.items():
     np.testing.assert_allclose(
-      value, losses["release"][name], rtol=0, atol=1e-5, err_msg=name
+      value, want[name], rtol=0, atol=1e-5, err_msg=f"{ours}, {name}"
     )
 
 
-def runner(variant: str):
+def runner(name: str):
   """Returns a function that runs so many steps at `tiny`."""
-  method, config = build(variant, "tiny", 32)
-  arguments = jax.jit(lambda: inputs(method, config)[:2])()
-  ctx = inputs(method, config)[2]
+  method, config = build(name, "tiny", 32)
+  made = jax.jit(lambda: inputs(method, config))()
   step = jax.jit(gradient(method))
-  jax.block_until_ready(step(*arguments, ctx))
+  jax.block_until_ready(step(*made))
 
   def run(steps: int) -> None:
     found = None
     for _ in range(steps):
-      found = step(*arguments, ctx)
+      found = step(*made)
     jax.block_until_ready(found)
 
   return run
 
 
-def seconds(options) -> dict:
-  """Times the variants at `tiny`, in turn."""
+def seconds(options, names: list[str]) -> dict:
+  """Times variants at `tiny`, in turn."""
 
   def start(name: str) -> rounds.Worker:
     environ = dict(os.environ)
     environ = huge_pages.environment(environ) or environ
     return rounds.Worker(__spec__.name, name, environ)
 
-  _, times = rounds.compare(VARIANTS, start, options.rounds, options.steps)
+  _, times = rounds.compare(names, start, options.rounds, options.steps)
   return {
     "milliseconds": {k: 1e3 * statistics.median(v) for k, v in times.items()},
     "ratios": rounds.ratios(RATIOS, times),
@@ -194,16 +275,20 @@ def seconds(options) -> dict:
 
 def show(record: dict) -> None:
   """Prints a record as tables."""
-  for size, row in record["operations"].items():
-    print(f"\nGFLOP a sample, forward and backward, {size}")
-    for name, value in row.items():
-      print(
-        f"{name:12}{value:>10.3f}   {value / row['release']:.3f} of release"
-      )
+  for size, steps in record["operations"].items():
+    forward = record["forward"][size]
+    print(f"\nGFLOP a sample, {size:15}{'forward':>12}{'and backward':>14}")
+    for name, value in steps.items():
+      print(f"{name:32}{forward[name]:>11.3f}{value:>14.3f}")
+    for name, (top, bottom, aim) in RATIOS.items():
+      if top in steps and bottom in steps:
+        values = [x[top] / x[bottom] for x in (forward, steps)]
+        aim = f"   (aim: {aim})" if aim and size == "b16" else ""
+        print(f"{name:32}{values[0]:>11.3f}{values[1]:>14.3f}{aim}")
   if "ratios" in record:
     print("\nmilliseconds of forward and backward at tiny, 32 examples")
     for name, value in record["milliseconds"].items():
-      print(f"{name:12}{value:>10.1f}")
+      print(f"{name:32}{value:>11.1f}")
     rounds.show_ratios(record["ratios"])
 
 

@@ -16,7 +16,7 @@ from vlp_jax.methods.simla import AXES, Simla
 from vlp_jax.models.transformer import take_rows
 
 
-class ReleaseCalls(Simla):
+class SimlaReleaseCalls(Simla):
   """Simla, call by call; without dropout."""
 
   def losses(self, params, batch, draws, targets, ctx) -> Output:
