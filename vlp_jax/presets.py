@@ -214,8 +214,10 @@ def two_streams_tiny(config: ConfigDict) -> None:
   model.fusion = ConfigDict(tower(96, 2, 2, dropout=0.0))
   model.init = "clip"
   model.start = ""  # an .npz file of `vlp_jax.convert.scl`
-  # Half of the steps are on clips, which other methods do not read.
-  config.clips.update(share=0.5, name="scenes_video")
+  # Half of the steps are on clips; such a step costs what one on pictures does.
+  config.clips.update(
+    share=0.5, name="scenes_video", image_size=48, batch_size=16
+  )
   for kind in ("retrieval", "reranking", "motion", "binding"):
     config.evals[f"{kind}_clips"] = evaluation(
       kind, "test", clips=True, prefix="eval_clips"
