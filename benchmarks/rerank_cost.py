@@ -336,7 +336,7 @@ def brute_force(evaluator, params) -> dict[str, float]:
     reranking.ranks(x, right, 1 - right, one, len(captions) - one)
     for x in (scores, scores.T)
   )
-  return retrieval.recalls(*both)
+  return retrieval.rank_metrics(*both)
 
 
 def show(record: dict) -> None:
