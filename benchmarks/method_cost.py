@@ -1,6 +1,6 @@
 """What a step of SIMLA and of SCL costs: ours, and with their releases' calls.
 
-  python -m benchmarks.method_cost             operations, three minutes
+  python -m benchmarks.method_cost             operations, ten minutes
   python -m benchmarks.method_cost --time      and seconds at `tiny`
   python -m benchmarks.method_cost --method=scl
 
