@@ -38,7 +38,7 @@ from benchmarks import rounds
 from vlp_jax import config as config_lib
 from vlp_jax import runs, sharding, train_state
 from vlp_jax.data import sources
-from vlp_jax.evaluators import base, reranking, retrieval
+from vlp_jax.evaluators import _matching, base, reranking, retrieval
 from vlp_jax.methods import base as methods
 
 PICTURES, CAPTIONS, CANDIDATES = 5000, 25_000, 256
@@ -255,18 +255,21 @@ def most(
 ) -> dict[str, int]:
   """The most that `calls` may return, whatever the embeddings.
 
-  No pair is wanted in both directions. A batch has as many tiles as its first
-  picture needs, and every picture of the batch before needs as many pairs; so
-  no more is padded than the first batch holds, and a tile a picture.
+  No pair is wanted in both directions. A picture counts once more for every
+  `MOST_TEXTS` that it needs. A batch has as many tiles as its first picture
+  needs, and every picture of the batch before needs as many pairs; so no more
+  is padded than the first batch holds, and a tile a picture.
   """
-  tile = reranking.Evaluator.tile
-  rows = -(-pictures // batch_size) * batch_size
+  tile, most_texts = reranking.Evaluator.tile, _matching.MOST_TEXTS
   pairs = (pictures + captions) * min(k, pictures, captions)
+  rows = pictures + pairs // most_texts
+  padded = -(-rows // batch_size) * batch_size
+  first = batch_size * -(-min(captions, most_texts) // tile) * tile
   return {
-    "encode_image": rows,
+    "encode_image": -(-pictures // batch_size) * batch_size,
     "encode_text": -(-captions // batch_size) * batch_size,
-    "match_state": rows,
-    "match_score": pairs + batch_size * captions + rows * (tile - 1),
+    "match_state": padded,
+    "match_score": pairs + first + padded * (tile - 1),
   }
 
 

@@ -12,6 +12,7 @@ from tests.evaluators.test_retrieval import (
   scene,
 )
 from vlp_jax.errors import UserError
+from vlp_jax.evaluators import _matching
 from vlp_jax.evaluators.reranking import nearest, ranks
 from vlp_jax.evaluators.retrieval import recall
 
@@ -135,6 +136,17 @@ def test_each_picture_has_one_state_and_shapes_change_nothing(
   assert sorted(pictures[:9]) == list(range(9))
   assert len(pictures) == 9 + -9 % batch_size
   assert method.traced == 1  # one shape, so one compile
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_a_picture_with_many_texts_counts_as_several(most, monkeypatch):
+  params = case(4, COUNT)
+  expected = build(COUNT, k=5).run(params)
+  monkeypatch.setattr(_matching, "MOST_TEXTS", most)
+  seen = fakes.watch_states(monkeypatch)
+  assert build(COUNT, k=5, batch_size=4).run(params) == expected
+  numbers = np.concatenate(seen)
+  assert len(numbers) > 9 and set(numbers.tolist()) == set(range(9))
 
 
 @pytest.mark.parametrize("devices", [2, 8])

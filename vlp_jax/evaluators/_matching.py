@@ -1,11 +1,12 @@
-"""Match scores of pairs of a picture and a text, each picture encoded once.
+"""Match scores of pairs of a picture and a text, picture by picture.
 
 What the matching head attends to in a picture, its keys and values, costs
 more than a text does, and is the same for all texts. So pairs are grouped by
 picture: a batch of pictures gets its state once, all texts of these pictures
 go through in tiles of one shape, and the state is dropped before the next
 batch's is made. The device holds one batch's state, however many pictures
-there are.
+there are. A picture with very many texts, for which others of its batch would
+have to wait, counts as several.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from vlp_jax.methods.base import Method, Params
 # What the method must be able to do.
 NEEDS = ("match_state", "match_score")
 # Texts of each picture that are scored at once.
-TILE = 16
+TILE = 8
+# Texts that a picture is encoded once for.
+MOST_TEXTS = 64
 
 
 def score_pairs(
@@ -54,6 +57,7 @@ def score_pairs(
   pairs, inverse = np.unique(pairs, return_inverse=True)
   owner, chosen = np.divmod(pairs, len(text))
   owner, start, count = np.unique(owner, return_index=True, return_counts=True)
+  owner, start, count = _cut(owner, start, count)
   # Pictures with equally many texts share a batch: tiles have few dummies.
   order = np.argsort(-count, kind="stable")
   owner, start, count = owner[order], start[order], count[order]
@@ -92,6 +96,17 @@ def score_pairs(
   for number, batch in enumerate(batches):
     one_batch(batch["image"], slice(number * size, (number + 1) * size))
   return scores[inverse]
+
+
+def _cut(
+  owner: np.ndarray, start: np.ndarray, count: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Cuts runs of pairs, `[N]`, into runs of `MOST_TEXTS` and the rest."""
+  parts = -(-count // MOST_TEXTS)
+  first = np.cumsum(parts) - parts
+  begun = MOST_TEXTS * (np.arange(parts.sum()) - np.repeat(first, parts))
+  count = np.minimum(np.repeat(count, parts) - begun, MOST_TEXTS)
+  return np.repeat(owner, parts), np.repeat(start, parts) + begun, count
 
 
 @functools.lru_cache(maxsize=8)
