@@ -1,7 +1,8 @@
 """What a step of SIMLA and of SCL costs: ours, and with their releases' calls.
 
   python -m benchmarks.method_cost             operations, ten minutes
-  python -m benchmarks.method_cost --time      and seconds at `tiny`
+  python -m benchmarks.method_cost --time=tiny seconds of a step, instead
+  python -m benchmarks.method_cost --time=b16 --method=simla --steps=1
   python -m benchmarks.method_cost --method=scl
 
 Beside SIMLA stands ALBEF, beside SCL what it is without completion (CL, ITM and
@@ -91,6 +92,8 @@ SIZES = {
 # What is counted of each method, and where ours and the release's are compared.
 COUNTED = {"simla": ("b16", "tiny"), "scl": ("b16", "tiny", "b16_clips")}
 COMPARED = {"simla": ("tiny",), "scl": ("tiny", "tiny_clips")}
+# What is timed, and the examples of a step.
+TIMED = {"tiny": 32, "b16": 2}
 # Options of XLA that compile fast what runs once.
 FAST = {
   "xla_backend_optimization_level": 0,
@@ -105,16 +108,28 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--method", choices=METHODS, help="default: all")
-  parser.add_argument("--time", action="store_true")
+  parser.add_argument("--time", choices=TIMED, help="at this size")
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--steps", type=int, default=8, help="a round")
   parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
   parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
   options = parser.parse_args()
   if options.worker:
-    rounds.serve({}, runner(options.worker))
+    rounds.serve({}, runner(options.worker, options.time))
     return
   methods = [options.method] if options.method else list(METHODS)
+  if options.time:
+    found = seconds(options, [x for m in methods for x in METHODS[m]])
+  else:
+    found = operations(methods)
+  record = rounds.record("method_cost", PACKAGES, found)
+  rounds.show_machine(record["machine"])
+  show(record)
+  rounds.keep(record, options.output)
+
+
+def operations(methods: list[str]) -> dict:
+  """Counts the operations of methods' variants, after a comparison."""
   found = {"forward": {}, "operations": {}}
   for method in methods:
     check_equal(method)
@@ -123,20 +138,15 @@ def main() -> None:
         forward, step = count(name, size)
         found["forward"].setdefault(size, {})[name] = forward
         found["operations"].setdefault(size, {})[name] = step
-  if options.time:
-    found |= seconds(options, [x for m in methods for x in METHODS[m]])
-  record = rounds.record("method_cost", PACKAGES, found)
-  rounds.show_machine(record["machine"])
-  show(record)
-  rounds.keep(record, options.output)
+  return found
 
 
-def build(name: str, size: str, batch_size: int):
+def build(name: str, size: str, batch_size: int, scan: bool = False):
   """Returns a variant's method and config, without dropout and rounding."""
   variant, (size, changes) = VARIANTS[name], SIZES[size]
   items = [
     f"batch_size={batch_size}",
-    "model.scan=false",
+    f"model.scan={str(scan).lower()}",
     "model.remat=none",
     "model.dtype=float32",
     *variant.items,
@@ -242,24 +252,22 @@ def _compare(ours: str, release: str, size: str) -> None:
     )
 
 
-def runner(name: str):
-  """Returns a function that runs so many steps at `tiny`."""
-  method, config = build(name, "tiny", 32)
+def runner(name: str, size: str):
+  """Returns a function that runs so many steps."""
+  method, config = build(name, size, TIMED[size], scan=size != "tiny")
   made = jax.jit(lambda: inputs(method, config))()
   step = jax.jit(gradient(method))
   jax.block_until_ready(step(*made))
 
   def run(steps: int) -> None:
-    found = None
     for _ in range(steps):
-      found = step(*made)
-    jax.block_until_ready(found)
+      jax.block_until_ready(step(*made))
 
   return run
 
 
 def seconds(options, names: list[str]) -> dict:
-  """Times variants at `tiny`, in turn."""
+  """Times variants, in turn."""
 
   def start(name: str) -> rounds.Worker:
     environ = dict(os.environ)
@@ -268,6 +276,8 @@ def seconds(options, names: list[str]) -> dict:
 
   _, times = rounds.compare(names, start, options.rounds, options.steps)
   return {
+    "size": options.time,
+    "examples": TIMED[options.time],
     "milliseconds": {k: 1e3 * statistics.median(v) for k, v in times.items()},
     "ratios": rounds.ratios(RATIOS, times),
   }
@@ -275,7 +285,7 @@ def seconds(options, names: list[str]) -> dict:
 
 def show(record: dict) -> None:
   """Prints a record as tables."""
-  for size, steps in record["operations"].items():
+  for size, steps in record.get("operations", {}).items():
     forward = record["forward"][size]
     print(f"\nGFLOP a sample, {size:15}{'forward':>12}{'and backward':>14}")
     for name, value in steps.items():
@@ -286,7 +296,8 @@ def show(record: dict) -> None:
         aim = f"   (aim: {aim})" if aim and size == "b16" else ""
         print(f"{name:32}{values[0]:>11.3f}{values[1]:>14.3f}{aim}")
   if "ratios" in record:
-    print("\nmilliseconds of forward and backward at tiny, 32 examples")
+    size, examples = record["size"], record["examples"]
+    print(f"\nmilliseconds, forward and backward, {size}, {examples} examples")
     for name, value in record["milliseconds"].items():
       print(f"{name:32}{value:>11.1f}")
     rounds.show_ratios(record["ratios"])

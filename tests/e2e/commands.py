@@ -1,14 +1,19 @@
 """Runs the commands as a user would: in processes of their own."""
 
+import contextlib
 import functools
+import importlib
+import io
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
 from tests import toys
+from vlp_jax import command
 from vlp_jax import config as config_lib
 
 # Programs that one run has compiled, the next one takes from here.
@@ -62,6 +67,24 @@ def run(module: str, *args: str, cwd: pathlib.Path, **environ: str):
   process = start(module, *args, cwd=cwd, **environ)
   out, err = process.communicate(timeout=600)
   return process.returncode, out, err
+
+
+def run_here(module: str, *args: str, cwd: pathlib.Path):
+  """As `run`, in this process: for commands that end before they compute."""
+  out, err, argv = io.StringIO(), io.StringIO(), [module, *map(str, args)]
+  status = 0
+  with (
+    contextlib.chdir(cwd),
+    contextlib.redirect_stdout(out),
+    contextlib.redirect_stderr(err),
+    mock.patch.object(sys, "argv", argv),
+    mock.patch.object(command, "keep_compiled"),
+  ):
+    try:
+      command.execute(importlib.import_module(f"vlp_jax.{module}").main)
+    except SystemExit as stop:
+      status = stop.code
+  return status, out.getvalue(), err.getvalue()
 
 
 def train(

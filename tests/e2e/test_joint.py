@@ -1,10 +1,14 @@
-"""A whole run on pictures and clips, and that it resumes."""
+"""A whole run on pictures and clips, and that such a run resumes."""
 
 import pytest
 
 from tests.e2e import commands
 
 CONSTANT = "--config.schedule.name=constant"
+SMALL = (
+  *("--config.batch_size=8", "--config.clips.batch_size=4"),
+  *("--config.clips.num_frames=2", "--config.clips.share=0.4"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -12,26 +16,40 @@ def folder(tmp_path_factory):
   return tmp_path_factory.mktemp("runs")
 
 
-def test_scl_on_pictures_and_clips_resumes_to_the_bit(folder):
-  whole, out = commands.train("scl", "whole", CONSTANT, cwd=folder)
+def test_scl(folder):
+  workdir, out = commands.train(
+    "scl", "scl", "--config.total_steps=2", cwd=folder
+  )
   assert "pictures, 16 a step in 50% of the steps" in out
   assert "clips of 4 frames, 16 a step in 50% of the steps" in out
-  rest = CONSTANT, *commands.no_evaluations("configs/scl.py:debug")
-  # After an odd number of steps: the other stream is next.
-  commands.train("scl", "parts", "--config.total_steps=3", *rest, cwd=folder)
+  expected = {
+    *("eval/retrieval/i2t_r1", "eval/reranking/t2i_median_rank"),
+    *("eval/alignment/local", "eval_comp/pointing/accuracy"),
+    *("eval_clips/retrieval/i2t_r1", "eval_clips/reranking/t2i_r10"),
+    *("eval_clips/motion/matching", "eval_clips/binding/contrastive"),
+  }
+  assert expected <= set(commands.results(workdir)["metrics"])
+  last = commands.lines(workdir)[1]
+  assert {"train/mvsc", "train_clips/mvsc"} <= set(last)
+  pictures = {path.name for path in (workdir / "pictures").iterdir()}
+  both = ("heatmaps", "retrieval_image_to_text", "retrieval_text_to_image")
+  assert {f"{name}{x}.png" for name in both for x in ("", "_clips")} <= pictures
+
+
+def test_a_run_on_pictures_and_clips_resumes_to_the_bit(folder):
+  rest = CONSTANT, *SMALL, *commands.no_evaluations("configs/scl.py:debug")
+  whole, _ = commands.train("scl", "whole", *rest, cwd=folder)
+  # Steps are on p c p p c p: the second part begins with clips.
+  commands.train("scl", "parts", *rest, "--config.total_steps=4", cwd=folder)
   parts, _ = commands.train("scl", "parts", *rest, cwd=folder)
   first, second = commands.results(whole), commands.results(parts)
   assert first["params_sha256"] == second["params_sha256"]
-  losses = [
-    {
-      (line["step"], key): line[key]
-      for line in commands.lines(run)
-      for key in ("train/loss", "train_clips/loss")
-      # A line tells the last loss of each stream that the process has seen.
-      if key in line and (line["step"] % 2 == 1) == (key == "train/loss")
-    }
-    for run in (whole, parts)
-  ]
-  assert losses[0] == losses[1] and len(losses[0]) == 6
-  metrics = first["metrics"]
-  assert {"eval/retrieval/i2t_r1", "eval/reranking/i2t_r1"} <= set(metrics)
+  # A line tells the last loss of each stream that the process has seen.
+  lines = [commands.lines(run) for run in (whole, parts)]
+  for name, steps in (("train", {1, 3, 4, 6}), ("train_clips", {2, 5})):
+    losses = [
+      {line["step"]: line.get(f"{name}/loss") for line in run[:6]}
+      for run in lines
+    ]
+    for step in steps:
+      assert losses[0][step] == losses[1][step] is not None

@@ -1,10 +1,13 @@
 """Runs with vocabularies of other projects: trained and exported."""
 
+import pytest
+
 from tests.data import tokenizer_reference as reference
 from tests.e2e import commands
 from vlp_jax.data import tokenizer
 
 
+@pytest.mark.slow
 def test_a_run_with_berts_vocabulary(tmp_path):
   path, pieces = reference.write_bert(tmp_path)
   workdir = tmp_path / "run"

@@ -116,6 +116,7 @@ def test_sigterm_saves_and_exits_75(finished, folder):
   _assert_equal_runs(workdir, finished["coca"])
 
 
+@pytest.mark.slow
 def test_bad_records_are_counted_and_stop_a_run(folder):
   """Past their share; allowed more, it goes on as if never stopped."""
   lists = {}
