@@ -16,13 +16,15 @@ from PIL import Image
 
 from vlp_jax import checkpoint, train_state
 from vlp_jax import config as config_lib
-from vlp_jax.data import captions, pipeline, transforms
+from vlp_jax.data import captions, joint, pipeline, transforms
+from vlp_jax.data import clips as clips_lib
 from vlp_jax.data import tokenizer as tokenizer_lib
 from vlp_jax.errors import UserError
 from vlp_jax.methods import base as methods
 from vlp_jax.methods.base import Method, Params
 
 Picture = str | os.PathLike | bytes | np.ndarray
+Clip = str | os.PathLike | bytes | Sequence[Picture]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +55,36 @@ class Pretrained:
     geometry = transforms.eval_geometry(self.config.data)
     return np.stack([_read(picture, geometry) for picture in pictures])
 
+  def preprocess_clips(self, clips: Sequence[Clip]) -> np.ndarray:
+    """Reads clips as the model expects them: F frames, evenly spread.
+
+    Args:
+      clips: paths or bytes of films (GIF; with the extra `video` MP4, WebM and
+        others), or lists of frames, each as a picture of `preprocess`.
+
+    Returns:
+      uint8 `[B, F, S, S, 3]`.
+
+    Raises:
+      UserError: if the model was not trained on clips, or cannot read one.
+    """
+    config = self.config
+    if joint.has_clips(config):
+      config = joint.of_clips(config)
+    if not config.data.num_frames:
+      raise UserError(f"this {config.method.name} was not trained on clips")
+    geometry = transforms.eval_geometry(config.data)
+    count = config.data.num_frames
+    return np.stack([_read_clip(clip, count, geometry) for clip in clips])
+
   def encode_image(self, pictures: Sequence[Picture]) -> np.ndarray:
     """Embeds pictures: float32 `[B, E]`, of unit length."""
     batch = {"image": self.preprocess(pictures)}
+    return np.asarray(self._encode_image(self.params, batch))
+
+  def encode_clip(self, clips: Sequence[Clip]) -> np.ndarray:
+    """Embeds clips: float32 `[B, E]`, of unit length."""
+    batch = {"image": self.preprocess_clips(clips)}
     return np.asarray(self._encode_image(self.params, batch))
 
   def encode_text(self, texts: Sequence[str]) -> np.ndarray:
@@ -76,11 +105,13 @@ class Pretrained:
     Raises:
       UserError: if the method has no matching head.
     """
-    if not hasattr(self.method, "match_score"):
-      raise UserError(f"{self.config.method.name} has no matching head")
-    batch = {"image": self.preprocess(pictures)}
-    ids, lengths = self._tokenize(texts)
-    return np.asarray(self._match(self.params, batch, ids, lengths))
+    return self._probabilities(self.preprocess(pictures), texts)
+
+  def match_clips(
+    self, clips: Sequence[Clip], texts: Sequence[str]
+  ) -> np.ndarray:
+    """As `match`, for clips."""
+    return self._probabilities(self.preprocess_clips(clips), texts)
 
   def caption(self, pictures: Sequence[Picture]) -> list[str]:
     """Writes a caption for each picture.
@@ -92,6 +123,12 @@ class Pretrained:
       raise UserError(f"{self.config.method.name} writes no captions")
     ids = self._generate(self.params, {"image": self.preprocess(pictures)})
     return [self.tokenizer.decode(row) for row in np.asarray(ids)]
+
+  def _probabilities(self, image, texts: Sequence[str]) -> np.ndarray:
+    if not hasattr(self.method, "match_score"):
+      raise UserError(f"{self.config.method.name} has no matching head")
+    ids, lengths = self._tokenize(texts)
+    return np.asarray(self._match(self.params, {"image": image}, ids, lengths))
 
   def _tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     clean = captions.cleaner(self.config.data)
@@ -155,9 +192,23 @@ def load(directory: str | os.PathLike) -> Pretrained:
 def _read(picture: Picture, geometry: transforms.Geometry) -> np.ndarray:
   if isinstance(picture, np.ndarray):
     return geometry(Image.fromarray(picture))
-  if isinstance(picture, (str, os.PathLike)):
-    try:
-      picture = pathlib.Path(picture).read_bytes()
-    except OSError as error:
-      raise UserError(f"cannot read {picture}: {error.strerror}") from None
-  return pipeline.decode_image(picture, geometry)
+  return pipeline.decode_image(_bytes(picture), geometry)
+
+
+def _read_clip(
+  clip: Clip, num_frames: int, geometry: transforms.Geometry
+) -> np.ndarray:
+  if isinstance(clip, (str, os.PathLike, bytes)):
+    frames = clips_lib.DecodeClip(num_frames)(_bytes(clip))
+    return np.stack([geometry(frame) for frame in frames])
+  places = clips_lib.places(len(clip), num_frames)
+  return np.stack([_read(clip[place], geometry) for place in places])
+
+
+def _bytes(file: str | os.PathLike | bytes) -> bytes:
+  if isinstance(file, bytes):
+    return file
+  try:
+    return pathlib.Path(file).read_bytes()
+  except OSError as error:
+    raise UserError(f"cannot read {file}: {error.strerror}") from None

@@ -1,7 +1,10 @@
 """A whole run on pictures and clips, and that such a run resumes."""
 
+import numpy as np
 import pytest
 
+import vlp_jax
+from tests.data.test_clips import animation
 from tests.e2e import commands
 
 CONSTANT = "--config.schedule.name=constant"
@@ -16,10 +19,14 @@ def folder(tmp_path_factory):
   return tmp_path_factory.mktemp("runs")
 
 
-def test_scl(folder):
-  workdir, out = commands.train(
-    "scl", "scl", "--config.total_steps=2", cwd=folder
-  )
+@pytest.fixture(scope="module")
+def scl(folder):
+  """A whole run: its folder, and what it has printed."""
+  return commands.train("scl", "scl", "--config.total_steps=2", cwd=folder)
+
+
+def test_scl(scl):
+  workdir, out = scl
   assert "pictures, 16 a step in 50% of the steps" in out
   assert "clips of 4 frames, 16 a step in 50% of the steps" in out
   expected = {
@@ -34,6 +41,27 @@ def test_scl(folder):
   pictures = {path.name for path in (workdir / "pictures").iterdir()}
   both = ("heatmaps", "retrieval_image_to_text", "retrieval_text_to_image")
   assert {f"{name}{x}.png" for name in both for x in ("", "_clips")} <= pictures
+
+
+def test_an_export_reads_clips(scl, folder):
+  status, _, err = commands.run("export", f"--workdir={scl[0]}", cwd=folder)
+  assert status == 0, err
+  model = vlp_jax.load(scl[0] / "export")
+  draw = np.random.default_rng(0)
+  frames = list(draw.integers(0, 256, (4, 60, 64, 3), dtype=np.uint8))
+  # A file, whose colours GIF rounds; its frames; and these with some between.
+  films = [animation(count=4), frames, [x for x in frames for _ in range(3)]]
+  pixels = model.preprocess_clips(films)
+  assert pixels.shape == (3, 4, 48, 48, 3)
+  image = model.encode_clip(films)
+  np.testing.assert_array_equal(image[1], image[2])
+  assert np.abs(image[0] - image[1]).max() > 1e-3
+  reverse = model.encode_clip([frames[::-1]])
+  assert np.abs(reverse - image[1]).max() > 1e-5  # frames have an order
+  texts = ["a red circle grows", "a star stays"]
+  scores = model.match_clips(films, texts)
+  assert scores.shape == (3, 2) and ((scores > 0) & (scores < 1)).all()
+  assert model.encode_image(frames).shape == (4, image.shape[1])
 
 
 def test_a_run_on_pictures_and_clips_resumes_to_the_bit(folder):
