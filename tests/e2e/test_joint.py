@@ -64,6 +64,7 @@ def test_an_export_reads_clips(scl, folder):
   assert model.encode_image(frames).shape == (4, image.shape[1])
 
 
+@pytest.mark.slow
 def test_a_run_on_pictures_and_clips_resumes_to_the_bit(folder):
   rest = CONSTANT, *SMALL, *commands.no_evaluations("configs/scl.py:debug")
   whole, _ = commands.train("scl", "whole", *rest, cwd=folder)
