@@ -200,7 +200,9 @@ def seconds_per_step(workdir: pathlib.Path) -> float:
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
   rates = [json.loads(line).get("time/examples_per_second") for line in lines]
   config = json.loads((workdir / "config.json").read_text())
-  return config["batch_size"] / [rate for rate in rates if rate][-1]
+  clips, size = config["clips"], config["batch_size"]
+  examples = size + clips["share"] * ((clips["batch_size"] or size) - size)
+  return examples / [rate for rate in rates if rate][-1]
 
 
 def calibrate(rows, output: pathlib.Path, seconds: float) -> dict[str, int]:
