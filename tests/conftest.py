@@ -20,8 +20,17 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+def _takes_minutes(item) -> bool:
+  return item.path.stem == "test_train_step" or item.path.parent.name == "e2e"
+
+
 def pytest_collection_modifyitems(config, items):
-  """Leaves slow tests out, unless `-m` or a test's own name asks for them."""
+  """Orders the tests, and leaves out slow ones unless they are asked for.
+
+  `-m` asks for them, or a test's own name. Files that take minutes come first,
+  so that no worker is left alone with one.
+  """
+  items.sort(key=lambda item: not _takes_minutes(item))
   named = any("::" in argument for argument in config.args)
   if config.option.markexpr or named:
     return
