@@ -55,7 +55,13 @@ class Variant(NamedTuple):
 
 _FUSION = ("model.stream.dropout=0.0", "method.queue_size=1024")
 _SIMLA = Variant("simla", (*_FUSION, "method.visual_tokenizer=patches"))
-_SCL = Variant("scl", ("model.text.dropout=0.0", "model.fusion.dropout=0.0"))
+_SCL = Variant(
+  "scl",
+  (
+    *("model.text.dropout=0.0", "model.fusion.dropout=0.0"),
+    *("accumulate=1", "method.match_group=0"),
+  ),
+)
 _BASELINE = (*_SCL.items, "method.vision_weight=0", "method.language_weight=0")
 _GLSCL = (*_SCL.items, "method.patch_weight=0.2", "method.token_weight=0.2")
 METHODS = {

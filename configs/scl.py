@@ -61,7 +61,6 @@ def reference(config):
   """`b16` as the release computes it; methods/scl.py says what that is."""
   b16(config)
   config.method.update(
-    match_group=16,
     contrastive_grad_scale=1 / 8,
     same_image=False,
     word_pool="padded",

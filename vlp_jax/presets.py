@@ -240,7 +240,10 @@ def two_streams_at_scale(config: ConfigDict) -> None:
   config.clips.update(
     name="webvid", num_frames=4, image_size=224, batch_size=2048
   )
+  # In chunks, for up to 16 chips; CL and completion contrast the whole batch.
   config.batch_size = 4096
+  config.accumulate = 8
+  config.method.match_group = 16
   config.total_epochs = 0.0
   config.total_steps = 100_000
   config.tokenizer.update(path="tokenizer.json", vocab_size=50_265, max_len=50)
