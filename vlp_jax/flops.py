@@ -81,19 +81,19 @@ def _without_recomputation(function: Callable, *args: Any) -> core.ClosedJaxpr:
   save = jax.checkpoint_policies.everything_saveable
 
   def change(value):
-    if isinstance(value, core.ClosedJaxpr):
-      return value.replace(jaxpr=change(value.jaxpr))
     if type(value) is tuple:  # of branches
       return tuple(map(change, value))
-    if not isinstance(value, core.Jaxpr):
-      return value
-    eqns = []
-    for eqn in value.eqns:
-      params = {name: change(param) for name, param in eqn.params.items()}
-      if "policy" in params and "prevent_cse" in params:  # jax.checkpoint
-        params["policy"] = save
-      eqns.append(eqn.replace(params=params))
-    return value.replace(eqns=eqns)
+    if isinstance(value, core.Jaxpr):  # jax 0.12: closed ones, too
+      return value.replace(eqns=[change_one(eqn) for eqn in value.eqns])
+    if isinstance(value, core.ClosedJaxpr):
+      return value.replace(jaxpr=change(value.jaxpr))
+    return value
+
+  def change_one(eqn):
+    params = {name: change(param) for name, param in eqn.params.items()}
+    if "policy" in params and "prevent_cse" in params:  # jax.checkpoint
+      params["policy"] = save
+    return eqn.replace(params=params)
 
   return change(jax.make_jaxpr(function)(*args))
 
@@ -123,10 +123,8 @@ def _count_one(eqn: core.JaxprEqn) -> int:
 
 def _jaxprs(value: Any) -> Iterator[core.Jaxpr]:
   """Yields the traced functions in an equation's parameters."""
-  if isinstance(value, core.ClosedJaxpr):
-    yield value.jaxpr
-  elif isinstance(value, core.Jaxpr):
-    yield value
+  if isinstance(value, (core.Jaxpr, core.ClosedJaxpr)):
+    yield getattr(value, "jaxpr", value)
   elif type(value) in (tuple, list):
     for item in value:
       yield from _jaxprs(item)
