@@ -36,7 +36,16 @@ ALLOWED = {
   "evaluators": {_BASE, "data", "metrics"},
   "train_state": {_BASE, "ops", "data", *_INFRASTRUCTURE},
   "train_step": {_BASE, "ops", "data", "train_state", *_INFRASTRUCTURE},
-  "train": {_BASE, "ops", "data", "evaluators", *_LOOP, *_INFRASTRUCTURE},
+  "flops": {_BASE, "ops"},
+  "train": {
+    _BASE,
+    "ops",
+    "data",
+    "evaluators",
+    "flops",
+    *_LOOP,
+    *_INFRASTRUCTURE,
+  },
 }
 # Commands, and what they are made of, may import everything.
 TOP = {"main", "evaluate", "export", "runs", "pretrained", "__init__"}
