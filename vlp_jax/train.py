@@ -61,15 +61,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     for stream in streams:
       tokenizer_lib.warn_cut(tokenizer, stream.source, config)
 
-  def create():
-    return train_state.create(
-      method,
-      optimizer,
-      train_state.batch_spec(config),
-      seed=config.seed,
-      use_ema=method.uses_ema or config.ema.decay > 0,
-    )
-
+  create = functools.partial(train_state.of_config, config, method, optimizer)
   abstract = jax.eval_shape(create)
   shardings = sharding.shardings_for(abstract, mesh)
   checkpoints = checkpoint_lib.Checkpointer(
@@ -89,17 +81,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
   seconds = meta.get("seconds", 0.0)
   start = int(state.step)
   step_fns = [
-    jax.jit(
-      train_step.make_train_step(
-        one,
-        optimizer,
-        accumulate=config.accumulate,
-        mesh=mesh,
-        ema_decay=config.ema.decay,
-      ),
-      donate_argnums=0,
-      out_shardings=(shardings, None),
-    )
+    train_step.jit_step(config, one, optimizer, mesh, shardings)
     for one in of_streams
   ]
   announce(method, state.params, streams, mesh, start, total_steps)

@@ -70,6 +70,19 @@ def create(
   )
 
 
+def of_config(
+  config: Any, method: Method, optimizer: optax.GradientTransformation
+) -> TrainState:
+  """Makes the state of step 0 of a run; see `create`."""
+  return create(
+    method,
+    optimizer,
+    batch_spec(config),
+    seed=config.seed,
+    use_ema=method.uses_ema or config.ema.decay > 0,
+  )
+
+
 def start(
   method: Method, state: TrainState, shardings: TrainState, pictures: Pictures
 ) -> TrainState:

@@ -104,6 +104,32 @@ def make_train_step(
   return step
 
 
+def jit_step(
+  config: Any,
+  method: Method,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  shardings: TrainState,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Returns the step of a run, jitted; it donates the state.
+
+  Args:
+    config: of the run: `accumulate` and `ema`.
+    method: the method.
+    optimizer: of `optim.make_optimizer`.
+    mesh: the mesh.
+    shardings: of the state.
+  """
+  step = make_train_step(
+    method,
+    optimizer,
+    accumulate=config.accumulate,
+    mesh=mesh,
+    ema_decay=config.ema.decay,
+  )
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
 def _total(
   terms: dict[str, Mean], divisors: dict[str, Any], weights: dict[str, Any]
 ) -> jax.Array:

@@ -1,0 +1,363 @@
+"""Counts what a compiled program does, from its text.
+
+XLA's own `cost_analysis()` counts the body of a loop once, and its bytes take
+in what never leaves a chip's fast memory. Here every computation is counted as
+often as it runs: matrix products, bytes to and from HBM, and collectives.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+_BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16, "token": 0}
+COLLECTIVES = (
+  *("all-reduce", "all-gather", "reduce-scatter"),
+  *("all-to-all", "collective-permute"),
+)
+# What moves nothing itself.
+_FREE = (
+  *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
+  *("partition-id", "replica-id", "after-all", "iota", "opt-barrier"),
+)
+_CALLS = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+class Array(NamedTuple):
+  """One array of a type: its size, and whether it lies in HBM."""
+
+  dims: tuple[int, ...]
+  bytes: int
+  in_hbm: bool
+
+  @property
+  def hbm_bytes(self) -> int:
+    """Its size where it lies in HBM, else 0."""
+    return self.bytes if self.in_hbm else 0
+
+
+class Instruction(NamedTuple):
+  """A line of a computation."""
+
+  name: str
+  arrays: tuple[Array, ...]
+  opcode: str
+  operands: tuple[str, ...]
+  rest: str  # what stands after the operands
+  inside: str  # what stands between the parentheses
+  is_root: bool
+
+
+class Collective(NamedTuple):
+  """What chips tell each other: kind, bytes a chip gives, chips of a group."""
+
+  kind: str
+  bytes: int
+  group: int
+
+  @property
+  def sent(self) -> float:
+    """The least bytes that a chip must send, whatever the algorithm."""
+    share = (self.group - 1) / self.group if self.group else 1.0
+    if self.kind == "all-gather":
+      return share * self.bytes * self.group
+    return share * self.bytes * (2 if self.kind == "all-reduce" else 1)
+
+
+class Work(NamedTuple):
+  """An instruction that does something.
+
+  Attributes:
+    opcode: of HLO.
+    operations: multiplications and additions of its matrix products.
+    hbm_bytes: that it reads from HBM and writes there.
+    times: how often it runs.
+    waits: False where it is started, and waited for elsewhere.
+    collective: what it sends, or None.
+  """
+
+  opcode: str
+  operations: int
+  hbm_bytes: int
+  times: int
+  waits: bool
+  collective: Collective | None
+
+
+Computation = dict[str, Instruction]
+
+
+class Module:
+  """A compiled program.
+
+  Args:
+    text: of `compiled.as_text()`: optimised HLO, one device's.
+  """
+
+  def __init__(self, text: str):
+    self.computations: dict[str, Computation] = {}
+    self.entry = ""
+    current: Computation = {}
+    for line in text.splitlines():
+      if line.endswith("{") and not line.startswith((" ", "HloModule")):
+        words = line.split()
+        is_entry = words[0] == "ENTRY"
+        name = words[is_entry].lstrip("%")
+        current = self.computations[name] = {}
+        self.entry = name if is_entry else self.entry
+      elif line.startswith("  ") and " = " in line:
+        instruction = _parse(line.strip())
+        current[instruction.name] = instruction
+
+  def work(self) -> Iterator[Work]:
+    """Yields all that one run of the program does."""
+    return self._work(self.entry, 1)
+
+  def _work(self, name: str, times: int) -> Iterator[Work]:
+    computation = self.computations[name]
+    for one in computation.values():
+      if one.opcode in _FREE or one.opcode.endswith("-done"):
+        continue
+      called = _called(one)
+      if one.opcode == "while":
+        count = times * self._trips(
+          re.search(r"condition=%?([\w.\-]+)", one.rest)[1]
+        )
+        yield from self._work(called[0], count)
+      elif one.opcode == "call":
+        yield from self._work(called[0], times)
+      elif one.opcode == "conditional":
+        branches = [list(self._work(branch, times)) for branch in called]
+        yield from max(branches, key=lambda b: sum(w.operations for w in b))
+      else:
+        yield Work(
+          one.opcode,
+          self._operations(one, computation),
+          self._hbm_bytes(one, computation),
+          times,
+          not one.opcode.endswith("-start"),
+          self._collective(one, computation),
+        )
+
+  def _trips(self, condition: str) -> int:
+    """How often a loop runs: the number that its counter is compared with."""
+    found = [1]
+    for one in self.computations[condition].values():
+      if one.opcode == "constant" and one.inside.isdigit():
+        found.append(int(one.inside))
+      for name in _called(one):
+        found.append(self._trips(name))
+    return max(found)
+
+  def _operations(self, one: Instruction, where: Computation) -> int:
+    """Multiplications and additions of matrix products, nested ones too."""
+    if one.opcode == "dot":
+      contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)[1]
+      sides = where[one.operands[0]].arrays[0].dims
+      depth = math.prod(sides[int(i)] for i in contracted.split(",") if i)
+      return 2 * math.prod(one.arrays[0].dims) * depth
+    if one.opcode == "convolution":
+      return _convolution(one, *(where[x].arrays[0].dims for x in one.operands))
+    if one.opcode in ("fusion", "async-start"):
+      return sum(self._inner_operations(name) for name in _called(one))
+    return 0
+
+  @functools.cache  # noqa: B019  # a module lives as long as what counts it
+  def _inner_operations(self, name: str) -> int:
+    inner = self.computations[name]
+    return sum(self._operations(one, inner) for one in inner.values())
+
+  def _hbm_bytes(self, one: Instruction, where: Computation) -> int:
+    """Bytes read and written in HBM; of slices and updates, only those."""
+    sources = [where[name] for name in one.operands if name in where]
+    if one.opcode == "fusion":
+      (inner,) = _called(one)
+      read = sum(
+        min(source.arrays[0].hbm_bytes, self._read(inner, i))
+        for i, source in enumerate(sources)
+        if len(source.arrays) == 1
+      )
+      return read + self._written(inner, one.arrays)
+    if one.opcode in _SLICES:
+      moved = sum(array.bytes for array in one.arrays)
+      ends = (sources[0].arrays[0].in_hbm, one.arrays[0].in_hbm)
+      return moved * sum(ends)
+    if one.opcode == "dynamic-update-slice":
+      return (sources[1].arrays[0].bytes) * (1 + one.arrays[0].in_hbm)
+    if one.opcode in ("copy-start", "slice-start"):
+      # Its type holds what is copied, the copy, and a flag.
+      copy = one.arrays[1]
+      return copy.bytes * (sources[0].arrays[0].in_hbm + copy.in_hbm)
+    arrays = [a for source in sources for a in source.arrays]
+    if not one.opcode.endswith("-start"):
+      arrays += one.arrays
+    return sum(array.hbm_bytes for array in arrays)
+
+  @functools.cache  # noqa: B019
+  def _read(self, name: str, index: int) -> int:
+    """Bytes that a fusion reads of an operand: of slices, only those."""
+    inner = self.computations[name]
+    mine = next(
+      one.name
+      for one in inner.values()
+      if one.opcode == "parameter" and one.inside == str(index)
+    )
+    total = 0
+    todo = [mine]
+    while todo:
+      current = todo.pop()
+      for one in inner.values():
+        if current not in one.operands:
+          continue
+        at = one.operands.index(current)
+        if one.opcode == "bitcast":
+          todo.append(one.name)
+        elif one.opcode in _SLICES and at == 0:
+          total += one.arrays[0].bytes
+        elif one.opcode == "dynamic-update-slice" and at == 0:
+          pass  # updated in place
+        elif one.opcode == "fusion":
+          (nested,) = _called(one)
+          total += self._read(nested, at)
+        else:
+          total += inner[mine].arrays[0].bytes
+    return total
+
+  def _written(self, name: str, arrays: tuple[Array, ...]) -> int:
+    """Bytes that a fusion writes; of what it updates in place, the update."""
+    inner = self.computations[name]
+    root = next(one for one in inner.values() if one.is_root)
+    parts = [root]
+    if root.opcode == "tuple":
+      parts = [inner[operand] for operand in root.operands]
+    total = 0
+    for part, array in zip(parts, arrays, strict=False):
+      while part.opcode == "bitcast" and part.operands[0] in inner:
+        part = inner[part.operands[0]]
+      if part.opcode == "dynamic-update-slice":
+        array = array._replace(bytes=inner[part.operands[1]].arrays[0].bytes)
+      total += array.hbm_bytes
+    return total
+
+  def _collective(
+    self, one: Instruction, where: Computation
+  ) -> Collective | None:
+    kind = one.opcode.removesuffix("-start")
+    if kind in COLLECTIVES:
+      given = sum(a.bytes for x in one.operands for a in where[x].arrays)
+      return Collective(kind, given, _group(one.rest))
+    if kind not in ("fusion", "async"):
+      return None
+    for name in _called(one):
+      inner = self.computations[name]
+      for nested in inner.values():
+        found = self._collective(nested, inner)
+        if found:
+          return found
+    return None
+
+
+def _called(one: Instruction) -> list[str]:
+  """Names of the computations that an instruction runs."""
+  branches = re.search(r"branch_computations=\{([^}]*)\}", one.rest)
+  if branches:
+    return [name.strip().lstrip("%") for name in branches[1].split(",")]
+  if one.opcode in ("fusion", "while", "call", "async-start"):
+    return _CALLS.findall(one.rest)
+  return re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", one.rest)
+
+
+def _parse(line: str) -> Instruction:
+  """Reads `[ROOT] %name = type opcode(operands), attributes`."""
+  line = re.sub(r"/\*.*?\*/", "", line)
+  left, right = line.split(" = ", 1)
+  if right.startswith("("):
+    kind, right = _balanced(right)
+  else:
+    kind, right = right.split(" ", 1)
+  opcode, right = right.strip().split("(", 1)
+  inside, rest = _balanced("(" + right)
+  inside = inside[1:-1]
+  return Instruction(
+    left.removeprefix("ROOT ").lstrip("%"),
+    tuple(_arrays(kind)),
+    opcode,
+    tuple(re.findall(r"%([\w.\-]+)", inside)),
+    rest,
+    inside,
+    left.startswith("ROOT "),
+  )
+
+
+def _balanced(text: str) -> tuple[str, str]:
+  """Cuts behind the parenthesis that closes the first."""
+  depth = 0
+  for i, letter in enumerate(text):
+    depth += (letter == "(") - (letter == ")")
+    if depth == 0:
+      return text[: i + 1], text[i + 1 :]
+  raise ValueError(f"no end of {text[:60]!r}")
+
+
+def _arrays(kind: str) -> Iterator[Array]:
+  """Reads types such as `bf16[8,64]{1,0:T(8,128)(2,1)S(1)}`.
+
+  `S(1)` and above are memories on the chip, without which it is HBM.
+  """
+  pattern = r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?"
+  for dtype, sides, layout in re.findall(pattern, kind):
+    dims = tuple(int(n.lstrip("<=")) for n in sides.split(",") if n)
+    space = re.search(r"S\((\d+)\)", layout)
+    bits = re.search(r"\d+", dtype)
+    size = _BYTES.get(dtype) or (int(bits[0]) / 8 if bits else 0)
+    # Bits before the underscore or the letters of 8-bit floats: f8e4m3.
+    yield Array(dims, math.ceil(math.prod(dims) * size), not space)
+
+
+def _group(attributes: str) -> int:
+  """Number of devices in a group; 0 where it is not said."""
+  iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
+  if iota:
+    return int(iota[2])
+  mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes)
+  if mesh:
+    sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+    axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
+    return math.prod(int(part or sizes[axis]) for axis, part in axes)
+  listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
+  return len(listed[1].split(",")) if listed else 0
+
+
+def _convolution(
+  one: Instruction, image: tuple[int, ...], kernel: tuple[int, ...]
+) -> int:
+  """Operations of a convolution, those with padding left out.
+
+  TPUs write products of matrices as convolutions, batches as dilated windows.
+  """
+  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest)
+  lhs, rhs, out = labels.groups()
+  window = re.search(r"window=\{([^}]*)\}", one.rest)
+  fields = dict(f.split("=") for f in window[1].split()) if window else {}
+  result = one.arrays[0].dims
+  count = result[out.index("b")] * result[out.index("f")]
+  count *= kernel[rhs.index("i")]
+  for i in range(len(lhs) - 2):
+    place = str(i)
+
+    def field(name, default, i=i):
+      return fields[name].split("x")[i] if name in fields else default
+
+    stride, spread = int(field("stride", 1)), int(field("lhs_dilate", 1))
+    before = int(str(field("pad", "0_0")).split("_")[0])
+    taps = np.arange(kernel[rhs.index(place)]) * int(field("rhs_dilate", 1))
+    at = np.arange(result[out.index(place)])[:, None] * stride + taps - before
+    last = (image[lhs.index(place)] - 1) * spread
+    count *= int(np.sum((at >= 0) & (at <= last) & (at % spread == 0)))
+  return 2 * count

@@ -1,0 +1,245 @@
+"""What a train step costs on chips, from the program that XLA makes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections import Counter
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from vlp_jax import chips, flops, hlo, optim, sharding, train_state, train_step
+from vlp_jax import config as config_lib
+from vlp_jax.errors import UserError
+from vlp_jax.methods import base as methods
+
+Shape = tuple[int, int, int]
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What a compiled step costs: of one chip, unless it says otherwise.
+
+  Attributes:
+    method: its name.
+    chips: how many there are.
+    mesh: devices along data, fsdp and tensor.
+    remat: what is computed again, see `config.model.remat`.
+    batch_size: global examples of a step.
+    accumulate: chunks.
+    parameters: of the model.
+    fits: whether XLA finds room for it.
+    memory: bytes that a step needs.
+    state: bytes of these that hold the state (parameters, averages, moments).
+    model_operations: of the losses and their gradient, nothing computed again.
+    operations: of the program's matrix products.
+    moved: bytes read from HBM and written there.
+    sent: bytes sent to other chips, by kind of collective.
+    collectives: how often they run, by kind.
+    seconds: what takes how long at least, see `bounds`.
+    compile_seconds: of tracing and compiling, on this machine.
+  """
+
+  method: str
+  chips: int
+  mesh: Shape
+  remat: str
+  batch_size: int
+  accumulate: int
+  parameters: int
+  fits: bool
+  memory: int
+  state: int
+  model_operations: float
+  operations: float = 0.0
+  moved: float = 0.0
+  sent: dict[str, float] = dataclasses.field(default_factory=dict)
+  collectives: dict[str, int] = dataclasses.field(default_factory=dict)
+  seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+  compile_seconds: float = 0.0
+
+  @property
+  def utilisation(self) -> float:
+    """The most that the model's operations can be of the chip's peak."""
+    return self.seconds["model"] / self.seconds["step"]
+
+
+def examine(config, devices: list[Any], shape: Shape) -> Report:
+  """Compiles the train step for chips, and counts what it does.
+
+  Args:
+    config: of the run; `model.dtype=auto` is bfloat16.
+    devices: of a `jax.experimental.topologies` description.
+    shape: of the mesh.
+
+  Raises:
+    UserError: if the config cannot run on the mesh, or XLA not compile it.
+  """
+  started = time.monotonic()
+  config = on_mesh(config, shape)
+  mesh = sharding.make_mesh(shape, devices)
+  method = methods.get(config.method.name, config)
+  config_lib.validate(config, len(devices), method.match_group)
+  optimizer, _ = optim.make_optimizer(config, 100_000, 1000)
+  state = abstract_state(config, mesh)
+  rows = NamedSharding(mesh, sharding.BATCH)
+  batch = {
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
+    for name, x in train_state.batch_spec(config).items()
+  }
+  shardings = jax.tree.map(lambda x: x.sharding, state)
+  step = train_step.jit_step(config, method, optimizer, mesh, shardings)
+  lowered = step.trace(state, batch).lower(lowering_platforms=("tpu",))
+  report = Report(
+    method=config.method.name,
+    chips=len(devices),
+    mesh=shape,
+    remat=config.model.remat,
+    batch_size=config.batch_size,
+    accumulate=config.accumulate,
+    parameters=sum(x.size for x in jax.tree.leaves(state.params)),
+    fits=False,
+    memory=0,
+    state=shard_bytes(state),
+    model_operations=flops.model_flops(method, batch) / len(devices),
+  )
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    change = {"memory": needed(str(error))}
+  else:
+    work = list(hlo.Module(compiled.as_text()).work())
+    chip = chips.get(devices[0].device_kind)
+    change = summary(work, report.model_operations, chip)
+    memory = compiled.memory_analysis()
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    used += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    used += memory.generated_code_size_in_bytes
+    change |= {"fits": True, "memory": used}
+  seconds = round(time.monotonic() - started, 1)
+  return dataclasses.replace(report, **change, compile_seconds=seconds)
+
+
+def on_mesh(config, shape: Shape):
+  """A copy of a config for a mesh of accelerators."""
+  config = config.copy_and_resolve_references()
+  if config.model.dtype == "auto":
+    config.model.dtype = "bfloat16"
+  config.mesh.data, config.mesh.fsdp, config.mesh.tensor = shape
+  return config
+
+
+def abstract_state(config, mesh) -> train_state.TrainState:
+  """Shapes, dtypes and shardings of a run's state."""
+  method = methods.get(config.method.name, config)
+  optimizer, _ = optim.make_optimizer(config, 100_000, 1000)
+  state = jax.eval_shape(
+    lambda: train_state.of_config(config, method, optimizer)
+  )
+  return sharding.with_shardings(state, mesh)
+
+
+def shard_bytes(tree: Any) -> int:
+  """Bytes of one device's part of a tree with shardings."""
+
+  def size(x):
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+      return 8
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+  return sum(map(size, jax.tree.leaves(tree)))
+
+
+def needed(message: str) -> int:
+  """Reads from XLA's error how many bytes it would have needed.
+
+  Raises:
+    UserError: if the error is another one.
+  """
+  found = re.search(r"Used ([\d.]+)([KMGT]) of ", message)
+  if not found:
+    line = message.splitlines()[0][:300]
+    raise UserError(f"XLA cannot compile this step: {line}")
+  return round(float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1))
+
+
+def summary(
+  work: list[hlo.Work], model_operations: float, chip: chips.Chip
+) -> dict[str, Any]:
+  """Sums up what a program does, and bounds its time.
+
+  Seconds, each at the chip's published peak: `model`, the model's operations;
+  `operations`, the program's; `hbm`, bytes moved; `instructions`, one after
+  the other, each the longer of its operations and its bytes; `collectives`,
+  over all links at once, whatever lies between; and `step`, the longest of
+  these: all else is taken to hide behind it.
+  """
+  sent, number = Counter(), Counter()
+  for one in work:
+    if one.collective:
+      sent[one.collective.kind] += one.times * one.collective.sent
+      number[one.collective.kind] += one.times
+  operations = sum(one.times * one.operations for one in work)
+  moved = sum(one.times * one.hbm_bytes for one in work)
+  serial = sum(
+    one.times * max(one.operations / chip.flops, one.hbm_bytes / chip.bandwidth)
+    for one in work
+    if one.waits and not one.collective
+  )
+  seconds = {
+    "model": model_operations / chip.flops,
+    "operations": operations / chip.flops,
+    "hbm": moved / chip.bandwidth,
+    "instructions": serial,
+    "collectives": sum(sent.values()) / (chip.link * chip.links),
+  }
+  seconds["step"] = max(seconds.values())
+  return {
+    "operations": operations,
+    "moved": moved,
+    "sent": dict(sent),
+    "collectives": dict(number),
+    "seconds": seconds,
+  }
+
+
+def splits(count: int) -> list[Shape]:
+  """Meshes to compare: parameters on 1, 4, 16, ... chips, or with `tensor`."""
+  found = [(count // 4**i, 4**i, 1) for i in range(12) if count % 4**i == 0]
+  if count % 16 == 0:
+    found.append((count // 16, 4, 4))
+  return found
+
+
+def suggest(config, report: Report, devices, memory: float) -> str:
+  """Says what to try where a step does not fit.
+
+  The state's part on a chip is known for every mesh. What is needed beside is
+  taken to stay as it is.
+
+  Args:
+    config: of the run.
+    report: of the mesh that does not hold it.
+    devices: of the slice.
+    memory: bytes of a chip.
+  """
+  beside = report.memory - report.state
+  for shape in splits(len(devices)):
+    mesh = sharding.make_mesh(shape, devices)
+    state = shard_bytes(abstract_state(on_mesh(config, shape), mesh))
+    if state < report.state and beside + state <= memory:
+      numbers = ",".join(map(str, shape))
+      return (
+        f"try --mesh={numbers}: about {(beside + state) / GIB:.1f} GiB a chip, "
+        f"of which the state takes {state / GIB:.1f}"
+      )
+  return (
+    f"no mesh of {len(devices)} chips holds what it needs beside its state, "
+    f"{beside / GIB:.1f} GiB: try --config.model.remat=full, "
+    f"--config.accumulate={2 * config.accumulate}, or more chips"
+  )
