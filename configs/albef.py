@@ -3,6 +3,8 @@
 python -m vlp_jax.main --config=configs/albef.py         minutes, on a laptop
 python -m vlp_jax.main --config=configs/albef.py:debug   seconds
 python -m vlp_jax.main --config=configs/albef.py:b16     the paper's recipe
+python -m vlp_jax.main --config=configs/albef.py:l14     ViT-L/14, BERT-large
+python -m vlp_jax.main --config=configs/albef.py:g14     ViT-g/14, 1.7B
 """
 
 from vlp_jax import presets
@@ -12,7 +14,8 @@ from vlp_jax.config import choose
 def get_config(size: str = "tiny"):
   config = presets.base("albef")
   presets.fusion(config)
-  choose(size, dict(tiny=tiny, debug=debug, b16=b16))(config)
+  sizes = dict(tiny=tiny, debug=debug, b16=b16, l14=l14, g14=g14)
+  choose(size, sizes)(config)
   return config
 
 
@@ -33,3 +36,13 @@ def b16(config):
   presets.fusion_at_scale(config)
   config.model.stream.text_depth = 6
   config.method.grounding_layer = 2  # the ninth of twelve layers
+
+
+def l14(config):
+  b16(config)
+  presets.enlarge_fused(config, "l14")
+
+
+def g14(config):
+  b16(config)
+  presets.enlarge_fused(config, "g14")

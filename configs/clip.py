@@ -3,6 +3,8 @@
 python -m vlp_jax.main --config=configs/clip.py         minutes, on a laptop
 python -m vlp_jax.main --config=configs/clip.py:debug   seconds
 python -m vlp_jax.main --config=configs/clip.py:b16     ViT-B/16, CC12M
+python -m vlp_jax.main --config=configs/clip.py:l14     ViT-L/14, 32,768 a step
+python -m vlp_jax.main --config=configs/clip.py:g14     ViT-g/14, 1.4B
 """
 
 from vlp_jax import presets
@@ -11,7 +13,8 @@ from vlp_jax.config import choose
 
 def get_config(size: str = "tiny"):
   config = presets.base("clip", loss="softmax", itc_reduction="mean")
-  choose(size, dict(tiny=tiny, debug=debug, b16=b16))(config)
+  sizes = dict(tiny=tiny, debug=debug, b16=b16, l14=l14, g14=g14)
+  choose(size, sizes)(config)
   return config
 
 
@@ -28,3 +31,16 @@ def debug(config):
 def b16(config):
   presets.at_scale(config, image_size=224, patch_size=16)
   config.model.text.pool = "eot"
+
+
+def l14(config):
+  """Radford et al. 2021, tables 18 to 20: batch, and learning rate."""
+  b16(config)
+  presets.enlarge(config, "l14")
+  config.batch_size = 32_768
+  config.optimizer.learning_rate = 4e-4
+
+
+def g14(config):
+  l14(config)
+  presets.enlarge(config, "g14")

@@ -3,6 +3,7 @@
 python -m vlp_jax.main --config=configs/coca.py         minutes, on a laptop
 python -m vlp_jax.main --config=configs/coca.py:debug   seconds
 python -m vlp_jax.main --config=configs/coca.py:b16     open_clip's Base, 224/16
+python -m vlp_jax.main --config=configs/coca.py:l14     open_clip's Large
 python -m vlp_jax.main --config=configs/coca.py:b18     the paper's Base, 288/18
 python -m vlp_jax.main --config=configs/coca.py:l18     the paper's Large
 python -m vlp_jax.main --config=configs/coca.py:g18     the paper's 2.1B
@@ -22,7 +23,8 @@ def get_config(size: str = "tiny"):
     itc_reduction="mean",
     caption_chunk=0,
   )
-  sizes = dict(tiny=tiny, debug=debug, b16=b16, b18=b18, l18=l18, g18=g18)
+  sizes = dict(tiny=tiny, debug=debug, b16=b16, l14=l14)
+  sizes |= dict(b18=b18, l18=l18, g18=g18)
   choose(size, sizes)(config)
   return config
 
@@ -45,6 +47,13 @@ def b16(config):
   config.method.caption_chunk = 19
 
 
+def l14(config):
+  """Towers of open_clip's Large, the paper's batch and optimizer."""
+  b16(config)
+  presets.enlarge(config, "l14")
+  _paper_recipe(config)
+
+
 def b18(config):
   """Yu et al. 2022, table 1 and section 4.1; 65,536 pairs a step."""
   _paper(config, width=768, depths=(12, 12, 12), heads=12, mlp=(3072, 3072))
@@ -60,9 +69,7 @@ def g18(config):
 
 def _paper(config, width, depths, heads, mlp):
   presets.at_scale(config, image_size=288, patch_size=18)
-  config.batch_size = 65_536
-  config.total_epochs = 0.0
-  config.total_steps = 500_000
+  _paper_recipe(config)
   config.tokenizer.max_len = 64
   config.method.update(itc_reduction="sum", caption_chunk=16)
   model = config.model
@@ -80,6 +87,12 @@ def _paper(config, width, depths, heads, mlp):
   model.pooler.update(
     kind="cascade", width=width, num_queries=256, num_heads=heads
   )
+
+
+def _paper_recipe(config):
+  config.batch_size = 65_536
+  config.total_epochs = 0.0
+  config.total_steps = 500_000
   config.optimizer.update(
     name="adafactor", learning_rate=8e-4, weight_decay=0.01, b1=0.9
   )

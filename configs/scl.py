@@ -3,6 +3,8 @@
 python -m vlp_jax.main --config=configs/scl.py            minutes, on a laptop
 python -m vlp_jax.main --config=configs/scl.py:debug      seconds
 python -m vlp_jax.main --config=configs/scl.py:b16        the paper's recipe
+python -m vlp_jax.main --config=configs/scl.py:l14        ViT-L, RoBERTa-large
+python -m vlp_jax.main --config=configs/scl.py:g14        ViT-g/14, 1.6B
 python -m vlp_jax.main --config=configs/scl.py:reference  the release's quirks
 
 Half of the steps are on scenes, half on clips of scenes_video. The paper's
@@ -37,7 +39,8 @@ def get_config(size: str = "tiny"):
     text_mask="exact",
     keep_temperature=True,
   )
-  sizes = dict(tiny=tiny, debug=debug, b16=b16, reference=reference)
+  sizes = dict(tiny=tiny, debug=debug, b16=b16, l14=l14, g14=g14)
+  sizes |= dict(reference=reference)
   choose(size, sizes)(config)
   return config
 
@@ -55,6 +58,16 @@ def debug(config):
 def b16(config):
   """The release's recipe: 100,000 steps on COCO, VG, SBU and CC3M."""
   presets.two_streams_at_scale(config)
+
+
+def l14(config):
+  b16(config)
+  presets.enlarge_fused(config, "l14")
+
+
+def g14(config):
+  b16(config)
+  presets.enlarge_fused(config, "g14")
 
 
 def reference(config):

@@ -3,6 +3,8 @@
 python -m vlp_jax.main --config=configs/simla.py            minutes, on a laptop
 python -m vlp_jax.main --config=configs/simla.py:debug      seconds
 python -m vlp_jax.main --config=configs/simla.py:b16        the paper's recipe
+python -m vlp_jax.main --config=configs/simla.py:l14        ViT-L/14, BERT-large
+python -m vlp_jax.main --config=configs/simla.py:g14        ViT-g/14, 1.8B
 python -m vlp_jax.main --config=configs/simla.py:reference  the release's quirks
 """
 
@@ -30,7 +32,8 @@ def get_config(size: str = "tiny"):
     patch_text="teacher",
     stop_ids=(),
   )
-  sizes = dict(tiny=tiny, debug=debug, b16=b16, reference=reference)
+  sizes = dict(tiny=tiny, debug=debug, b16=b16, l14=l14, g14=g14)
+  sizes |= dict(reference=reference)
   choose(size, sizes)(config)
   return config
 
@@ -58,6 +61,16 @@ def b16(config):
     mask_block=16,
     grounding_layer=8,
   )
+
+
+def l14(config):
+  b16(config)
+  presets.enlarge_fused(config, "l14")
+
+
+def g14(config):
+  b16(config)
+  presets.enlarge_fused(config, "g14")
 
 
 def reference(config):

@@ -3,6 +3,8 @@
 python -m vlp_jax.main --config=configs/sycoca.py         minutes, on a laptop
 python -m vlp_jax.main --config=configs/sycoca.py:debug   seconds
 python -m vlp_jax.main --config=configs/sycoca.py:b16     the paper's, at 224/16
+python -m vlp_jax.main --config=configs/sycoca.py:l14     ViT-L/14
+python -m vlp_jax.main --config=configs/sycoca.py:g14     ViT-g/14, 2.1B
 python -m vlp_jax.main --config=configs/sycoca.py:b18     the paper's, at 288/18
 """
 
@@ -30,7 +32,8 @@ def get_config(size: str = "tiny"):
     attentive_start_step=0,
     decoders="separate",  # or one stream for both, "shared"
   )
-  choose(size, dict(tiny=tiny, debug=debug, b16=b16, b18=b18))(config)
+  sizes = dict(tiny=tiny, debug=debug, b16=b16, l14=l14, g14=g14, b18=b18)
+  choose(size, sizes)(config)
   return config
 
 
@@ -50,6 +53,16 @@ def debug(config):
 
 def b16(config):
   _base(config, image_size=224, patch_size=16)
+
+
+def l14(config):
+  b16(config)
+  presets.enlarge(config, "l14")
+
+
+def g14(config):
+  b16(config)
+  presets.enlarge(config, "g14")
 
 
 def b18(config):

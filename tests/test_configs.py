@@ -16,12 +16,12 @@ from vlp_jax.evaluators import base as evaluators
 from vlp_jax.methods import base
 
 SIZES = {
-  "clip": ("tiny", "debug", "b16"),
-  "coca": ("tiny", "debug", "b16", "b18", "l18", "g18"),
-  "sycoca": ("tiny", "debug", "b16", "b18"),
-  "albef": ("tiny", "debug", "b16"),
-  "simla": ("tiny", "debug", "b16", "reference"),
-  "scl": ("tiny", "debug", "b16", "reference"),
+  "clip": ("tiny", "debug", "b16", "l14", "g14"),
+  "coca": ("tiny", "debug", "b16", "l14", "b18", "l18", "g18"),
+  "sycoca": ("tiny", "debug", "b16", "l14", "g14", "b18"),
+  "albef": ("tiny", "debug", "b16", "l14", "g14"),
+  "simla": ("tiny", "debug", "b16", "l14", "g14", "reference"),
+  "scl": ("tiny", "debug", "b16", "l14", "g14", "reference"),
 }
 CASES = [(name, size) for name, sizes in SIZES.items() for size in sizes]
 

@@ -1,7 +1,8 @@
-"""Where arrays live: the rules, and every parameter of the b16 configs.
+"""Where arrays live: the rules, and every parameter of the large configs.
 
 `tests/golden/partition_specs.json` holds the partition of each parameter on a
-mesh of data 2 x fsdp 2 x tensor 2. After a change that is meant, write it
+mesh of data 2 x fsdp 2 x tensor 2: of each method's `b16`, and of its larger
+sizes what differs. After a change that is meant, write it
 anew, and read the difference:
 
   python -m tests.test_sharding
@@ -24,7 +25,10 @@ from vlp_jax import optim, sharding, train_state
 from vlp_jax.methods import base
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "partition_specs.json"
-CONFIGS = ("albef", "clip", "coca", "simla", "sycoca")
+CONFIGS = ("albef", "clip", "coca", "scl", "simla", "sycoca")
+# Beside `b16`.
+SIZES = {name: ("l14", "g14") for name in CONFIGS} | {"coca": ("l14", "g18")}
+LARGER = [(name, size) for name in CONFIGS for size in SIZES[name]]
 
 
 def _mesh(*shape):
@@ -36,9 +40,9 @@ def _name(path):
 
 
 @functools.cache
-def _b16(name, *overrides):
+def _state(name, *overrides, size="b16"):
   """The abstract state of a whole run."""
-  config = config_lib.load(f"configs/{name}.py:b16", overrides)
+  config = config_lib.load(f"configs/{name}.py:{size}", overrides)
   method = base.get(name, config)
   optimizer, _ = optim.make_optimizer(config, 100, 10)
   spec = train_state.batch_spec(config)
@@ -47,9 +51,9 @@ def _b16(name, *overrides):
   )
 
 
-def _specs(name):
+def _specs(name, size="b16"):
   """Path -> partition, as JSON has it, of every parameter."""
-  params = _b16(name).params
+  params = _state(name, size=size).params
   shardings = sharding.shardings_for(params, _mesh(2, 2, 2))
   return {
     _name(path): list(s.spec)
@@ -71,6 +75,15 @@ def test_golden(name):
   assert _specs(name) == golden, (
     "if this is meant: python -m tests.test_sharding"
   )
+
+
+@pytest.mark.parametrize(("name", "size"), LARGER)
+def test_golden_of_larger_sizes(name, size):
+  golden = json.loads(GOLDEN.read_text())
+  expected = golden[name] | golden[f"{name}:{size}"]  # null: is not there
+  assert _specs(name, size) == {
+    k: v for k, v in expected.items() if v is not None
+  }
 
 
 F, T = "fsdp", "tensor"
@@ -139,7 +152,7 @@ def test_without_fsdp_nothing_falls_back_to_it():
   [("clip", "adamw"), ("sycoca", "adamw"), ("sycoca", "muon")],
 )
 def test_moments_and_averages_follow_their_parameters(name, optimizer):
-  state = _b16(name, f"optimizer.name={optimizer}")
+  state = _state(name, f"optimizer.name={optimizer}")
   shardings = sharding.shardings_for(state, _mesh(2, 2, 2))
   specs = {
     (_name(path), leaf.shape): s.spec
@@ -168,9 +181,10 @@ def test_moments_and_averages_follow_their_parameters(name, optimizer):
 
 def test_no_big_parameter_is_copied_to_every_device():
   """All leaves of a megabyte are split over fsdp."""
-  for name in CONFIGS:
-    specs = _specs(name)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(_b16(name).params):
+  for name, size in [*((name, "b16") for name in CONFIGS), *LARGER]:
+    specs = _specs(name, size)
+    params = _state(name, size=size).params
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
       if leaf.size * 4 >= 2**20:
         assert "fsdp" in specs[_name(path)], path
 
@@ -197,11 +211,19 @@ def test_batches_are_split_by_example(shape):
 
 def _write():
   """Writes the golden file: one line a parameter."""
+  found = {name: _specs(name) for name in CONFIGS}
+  for name, size in LARGER:
+    smaller, specs = found[name], _specs(name, size)
+    found[f"{name}:{size}"] = {
+      path: specs.get(path)
+      for path in {**smaller, **specs}
+      if specs.get(path) != smaller.get(path)
+    }
   blocks = []
-  for name in CONFIGS:
+  for name, specs in found.items():
     lines = [
       f"  {json.dumps(path)}: {json.dumps(spec)}"
-      for path, spec in sorted(_specs(name).items())
+      for path, spec in sorted(specs.items())
     ]
     blocks.append(f' "{name}": {{\n' + ",\n".join(lines) + "\n }")
   GOLDEN.write_text("{\n" + ",\n".join(blocks) + "\n}\n")

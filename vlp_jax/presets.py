@@ -266,6 +266,58 @@ def two_streams_at_scale(config: ConfigDict) -> None:
   config.schedule.update(name="linear", warmup_steps=10_000)
 
 
+# Width, depth, heads and the MLP's width of vision towers (Dosovitskiy et al.
+# 2021, table 1; Zhai et al. 2022, table 2), and of the text towers beside them:
+# those of open_clip's ViT-L-14 and ViT-g-14.
+VISION = dict(l14=(1024, 24, 16, 4096), g14=(1408, 40, 16, 6144))
+TEXT = dict(l14=(768, 12, 12, 3072), g14=(1024, 24, 16, 4096))
+BERT_LARGE = (1024, 24, 16, 4096)
+
+
+def _resize(
+  tower: ConfigDict, width: int, depth: int, heads: int, mlp: int
+) -> None:
+  tower.update(width=width, depth=depth, num_heads=heads, mlp_ratio=mlp / width)
+
+
+def enlarge(config: ConfigDict, size: str) -> None:
+  """Makes a `b16` of two towers one of ViT-L/14 or ViT-g/14, at 224 pixels."""
+  model = config.model
+  config.data.image_size = 224
+  model.vision.patch_size = 14
+  _resize(model.vision, *VISION[size])
+  for name in ("text", "decoder"):
+    if name in model:
+      _resize(model[name], *TEXT[size])
+  model.embed_dim = model.text.width
+  model.pooler.update(
+    width=model.vision.width, num_heads=model.vision.num_heads
+  )
+
+
+def enlarge_fused(config: ConfigDict, size: str) -> None:
+  """The same for towers that are fused; text layers are BERT-large's.
+
+  Those that patches go through as well are as wide as the vision tower.
+  """
+  model = config.model
+  config.data.image_size = 224
+  model.vision.patch_size = 14
+  left_out = 12 - model.vision.depth  # SCL leaves CLIP's last layer out
+  _resize(model.vision, *VISION[size])
+  model.vision.depth -= left_out
+  width, depth, heads, mlp = BERT_LARGE
+  if "stream" in model:
+    width = model.vision.width
+    _resize(model.stream, width, depth, heads, 4 * width)
+    # The same share of the layers as in `b16`.
+    model.stream.text_depth *= 2
+    config.method.grounding_layer *= 2
+  else:
+    _resize(model.text, width, depth, heads, mlp)
+    _resize(model.fusion, width, model.fusion.depth, heads, mlp)
+
+
 def at_scale(config: ConfigDict, *, image_size: int, patch_size: int) -> None:
   """What the papers' sizes share: CC12M, 20 epochs at 2,048, AdamW.
 
