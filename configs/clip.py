@@ -12,7 +12,9 @@ from vlp_jax.config import choose
 
 
 def get_config(size: str = "tiny"):
-  config = presets.base("clip", loss="softmax", itc_reduction="mean")
+  config = presets.base(
+    "clip", loss="softmax", itc_reduction="mean", itc_chunk=0
+  )
   sizes = dict(tiny=tiny, debug=debug, b16=b16, l14=l14, g14=g14)
   choose(size, sizes)(config)
   return config
@@ -38,6 +40,7 @@ def l14(config):
   b16(config)
   presets.enlarge(config, "l14")
   config.batch_size = 32_768
+  config.method.itc_chunk = 128
   config.optimizer.learning_rate = 4e-4
 
 

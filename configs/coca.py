@@ -21,6 +21,7 @@ def get_config(size: str = "tiny"):
     itc_weight=1.0,
     caption_weight=2.0,
     itc_reduction="mean",
+    itc_chunk=0,
     caption_chunk=0,
   )
   sizes = dict(tiny=tiny, debug=debug, b16=b16, l14=l14)
@@ -91,6 +92,7 @@ def _paper(config, width, depths, heads, mlp):
 
 def _paper_recipe(config):
   config.batch_size = 65_536
+  config.method.itc_chunk = 64
   config.total_epochs = 0.0
   config.total_steps = 500_000
   config.optimizer.update(

@@ -38,6 +38,8 @@ def get_config(size: str = "tiny"):
     word_pool="words",
     text_mask="exact",
     keep_temperature=True,
+    itc_chunk=0,
+    word_chunk=0,
   )
   sizes = dict(tiny=tiny, debug=debug, b16=b16, l14=l14, g14=g14)
   sizes |= dict(reference=reference)

@@ -21,6 +21,7 @@ def get_config(size: str = "tiny"):
     caption_weight=2.0,
     tgmim_weight=1.0,
     itc_reduction="mean",
+    itc_chunk=0,
     caption_chunk=0,
     score="joint",
     r_h=0.5,

@@ -37,6 +37,13 @@ ALLOWED = {
   "train_state": {_BASE, "ops", "data", *_INFRASTRUCTURE},
   "train_step": {_BASE, "ops", "data", "train_state", *_INFRASTRUCTURE},
   "flops": {_BASE, "ops"},
+  "hlo": set(),
+  "chips": set(),
+  "roofline": {
+    _BASE,
+    *("chips", "flops", "hlo", "train_state", "train_step"),
+    *_INFRASTRUCTURE,
+  },
   "train": {
     _BASE,
     "ops",
@@ -48,7 +55,7 @@ ALLOWED = {
   },
 }
 # Commands, and what they are made of, may import everything.
-TOP = {"main", "evaluate", "export", "runs", "pretrained", "__init__"}
+TOP = {*("main", "evaluate", "export", "aot", "runs", "pretrained", "__init__")}
 # Commands of a layer below; they read flags and end with a status.
 COMMANDS = {
   *("data/build.py", "data/prepare/__main__.py", "data/train_tokenizer.py"),

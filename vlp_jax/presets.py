@@ -140,6 +140,8 @@ def fusion(config: ConfigDict) -> None:
     queue_size=65_536,  # 0 = none
     same_image=True,
     teacher_dropout=False,
+    itc_chunk=0,
+    word_chunk=0,
     grounding_layer=0,
   )
 
@@ -191,6 +193,7 @@ def fusion_at_scale(config: ConfigDict) -> None:
   # 25 tokens, and the end symbol, which is dropped.
   config.tokenizer.update(path="vocab.txt", vocab_size=30_522, max_len=26)
   config.method.mask_id = 103
+  config.method.word_chunk = 16
   model = config.model
   model.embed_dim = 256
   del model.vision.cls_token, model.vision.pre_norm, model.text, model.pooler
@@ -248,6 +251,7 @@ def two_streams_at_scale(config: ConfigDict) -> None:
   config.total_steps = 100_000
   config.tokenizer.update(path="tokenizer.json", vocab_size=50_265, max_len=50)
   config.method.mask_id = 50_264
+  config.method.word_chunk = 4
   model = config.model
   del model.vision.cls_token, model.vision.pre_norm, model.pooler
   # CLIP's last layer of twelve is left out.

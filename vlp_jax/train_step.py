@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from vlp_jax import optim, sharding
 from vlp_jax.methods.base import Batch, Context, Coupled, Mean, Method, Output
 from vlp_jax.ops import rng
+from vlp_jax.ops.rows import merge, split
 from vlp_jax.train_state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -64,6 +64,7 @@ def make_train_step(
       ema_params=state.ema_params,
       method_state=state.method_state,
       train=True,
+      sharding=NamedSharding(mesh, sharding.BATCH),
     )
     weights = method.term_weights(state.step)
     if accumulate == 1:
@@ -72,7 +73,7 @@ def make_train_step(
       )
     else:
       grads, means, method_state = _accumulated(
-        method, state.params, batch, ctx, weights, accumulate, mesh
+        method, state.params, batch, ctx, weights, accumulate
       )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = method.project(optax.apply_updates(state.params, updates))
@@ -167,9 +168,9 @@ def _settle(means: dict[str, Mean]) -> dict[str, Mean]:
   return {k: Mean(m.total, divisors[k]) for k, m in means.items()}
 
 
-def _accumulated(method, params, batch, ctx, weights, accumulate, mesh):
+def _accumulated(method, params, batch, ctx, weights, accumulate):
   """As `_plain`, in chunks; see the module's docstring."""
-  chunks = jax.tree.map(lambda x: split(x, accumulate, mesh), batch)
+  chunks = jax.tree.map(lambda x: split(x, accumulate, ctx.sharding), batch)
   numbers = jnp.arange(accumulate)
 
   def forward(params, chunk, number) -> Output:
@@ -187,7 +188,7 @@ def _accumulated(method, params, batch, ctx, weights, accumulate, mesh):
   )
   summed = jax.tree.map(lambda x: jnp.sum(x, axis=0), (outs.terms, outs.report))
   divisors = _divisors(summed[0])
-  shared = jax.tree.map(lambda x: merge(x, accumulate, mesh), outs.shared)
+  shared = jax.tree.map(lambda x: merge(x, ctx.sharding), outs.shared)
 
   def couple(params, shared):
     coupled: Coupled = method.couple(params, shared, batch, ctx)
@@ -197,7 +198,9 @@ def _accumulated(method, params, batch, ctx, weights, accumulate, mesh):
   (grads, grad_shared), coupled = jax.grad(couple, (0, 1), has_aux=True)(
     params, shared
   )
-  grad_shared = jax.tree.map(lambda x: split(x, accumulate, mesh), grad_shared)
+  grad_shared = jax.tree.map(
+    lambda x: split(x, accumulate, ctx.sharding), grad_shared
+  )
 
   def backward(grads, item):
     chunk, number, pull = item
@@ -213,26 +216,3 @@ def _accumulated(method, params, batch, ctx, weights, accumulate, mesh):
   terms, report = summed
   means = {**terms, **coupled.terms, **report, **coupled.report}
   return grads, _settle(means), coupled.method_state
-
-
-def split(x: jax.Array, accumulate: int, mesh: Mesh) -> jax.Array:
-  """Cuts `[B, ...]` into `[K, B / K, ...]` without moving rows of devices.
-
-  Every device holds a block of consecutive rows; each chunk takes an equal
-  part of every block.
-  """
-  devices = mesh.shape["data"] * mesh.shape["fsdp"]
-  rest = x.shape[1:]
-  x = x.reshape(devices, accumulate, -1, *rest).swapaxes(0, 1)
-  x = x.reshape(accumulate, -1, *rest)
-  spec = NamedSharding(mesh, P(None, *sharding.BATCH))
-  return jax.lax.with_sharding_constraint(x, spec)
-
-
-def merge(x: jax.Array, accumulate: int, mesh: Mesh) -> jax.Array:
-  """Puts chunks `[K, B / K, ...]` back into global order `[B, ...]`."""
-  devices = mesh.shape["data"] * mesh.shape["fsdp"]
-  rest = x.shape[2:]
-  x = x.reshape(accumulate, devices, -1, *rest).swapaxes(0, 1)
-  spec = NamedSharding(mesh, sharding.BATCH)
-  return jax.lax.with_sharding_constraint(x.reshape(-1, *rest), spec)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from vlp_jax.losses import contrastive
+from vlp_jax.ops.rows import Rows
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
 
@@ -42,17 +43,11 @@ def _sigmoid(image, text, scale, bias, ids):
   return losses
 
 
-def test_negatives():
-  mask = contrastive.negatives(np.array([3, 3, 1]))
-  np.testing.assert_array_equal(
-    mask, [[False, False, True], [False, False, True], [True, True, False]]
-  )
-
-
+@pytest.mark.parametrize("chunk", [0, 2])
 @pytest.mark.parametrize("reduction, factor", [("mean", 0.5), ("sum", 1.0)])
-def test_softmax(reduction, factor):
+def test_softmax(reduction, factor, chunk):
   image, text = _embeddings()
-  loss, _ = contrastive.softmax(image, text, 8.0, IDS, reduction)
+  loss, _ = contrastive.softmax(image, text, 8.0, IDS, reduction, Rows(chunk))
   expected = factor * sum(_softmax(image, text, 8.0, IDS))
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
@@ -75,9 +70,10 @@ def test_softmax_refuses_other_reductions():
     contrastive.softmax(image, text, 8.0, IDS, "max")
 
 
-def test_sigmoid():
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_sigmoid(chunk):
   image, text = _embeddings()
-  loss = contrastive.sigmoid(image, text, 8.0, -3.0, IDS)
+  loss = contrastive.sigmoid(image, text, 8.0, -3.0, IDS, Rows(chunk))
   expected = _sigmoid(image, text, 8.0, -3.0, IDS)
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
 

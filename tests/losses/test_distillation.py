@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vlp_jax.losses import distillation, keywords, matching
+from vlp_jax.ops.rows import Rows
 
 RNG = np.random.default_rng(0)
 
@@ -20,13 +21,23 @@ def unit(*shape):
   return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
 
+@pytest.mark.parametrize("chunk", [0, 2])
 @pytest.mark.parametrize("alpha", [0.0, 0.4])
-def test_contrastive(alpha):
+def test_contrastive(alpha, chunk):
   query, keys, teacher = unit(4, 6), unit(9, 6), unit(4, 6)
+  # Of one picture are queries 0 and 1, and a key of the queue.
+  ids = np.array([3, 3, 1, 2, 8, 9, 7, 3, 6], np.int32)
   allowed = np.ones((4, 9), bool)
-  allowed[0, [1, 7]] = False
+  allowed[0, [1, 7]] = allowed[1, [0, 7]] = False
   loss, right = distillation.contrastive(
-    query, keys, teacher, jnp.float32(0.1), alpha, allowed
+    query,
+    keys,
+    teacher,
+    jnp.float32(0.1),
+    alpha,
+    ids[:4],
+    ids,
+    Rows(chunk),
   )
   logits, soft = query @ keys.T / 0.1, teacher @ keys.T / 0.1
   for i in range(4):
@@ -41,7 +52,7 @@ def test_contrast_reaches_the_query_alone():
   query, keys, teacher = unit(4, 6), unit(9, 6), unit(4, 6)
 
   def loss(*arrays):
-    args = jnp.float32(0.1), 0.4, jnp.ones((4, 9), bool)
+    args = jnp.float32(0.1), 0.4, jnp.arange(4), jnp.arange(9)
     return distillation.contrastive(*arrays, *args)[0].sum()
 
   gradients = jax.grad(loss, (0, 1, 2))(query, keys, teacher)

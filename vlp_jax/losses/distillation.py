@@ -7,7 +7,9 @@ weight alpha the teacher's distribution stands beside the annotated answer.
 import jax
 import jax.numpy as jnp
 
+from vlp_jax.losses.contrastive import similarity
 from vlp_jax.ops.attention import MASKED
+from vlp_jax.ops.rows import ALL, Rows, map_rows
 
 
 def contrastive(
@@ -16,7 +18,9 @@ def contrastive(
   teacher_query: jax.Array,
   temperature: jax.Array,
   alpha: jax.Array,
-  allowed: jax.Array,
+  query_id: jax.Array,
+  key_id: jax.Array,
+  rows: Rows = ALL,
 ) -> tuple[jax.Array, jax.Array]:
   """One direction of momentum contrast (equations 1 and 6 there).
 
@@ -27,26 +31,34 @@ def contrastive(
     teacher_query: the teacher's for `query`, `[B, E]`.
     temperature: scalar that similarities are divided by.
     alpha: scalar, the teacher's weight.
-    allowed: bool `[B, B + Q]`, which keys are compared; the diagonal always.
+    query_id: int32 `[B]`; a query is compared with its partner, and with keys
+      of other ids.
+    key_id: int32 `[B + Q]`.
+    rows: how many queries have logits at a time.
 
   Returns:
     The loss of each query `[B]`, and whether its partner scores best.
   """
   keys = jax.lax.stop_gradient(keys)
-  logits = _similarity(query, keys, allowed) / temperature
-  teacher = _similarity(teacher_query, keys, allowed) / temperature
-  partner = jnp.arange(len(query))
-  soft = jax.lax.stop_gradient(jax.nn.softmax(teacher))
-  log_p = jax.nn.log_softmax(logits)
-  hard = -jnp.take_along_axis(log_p, partner[:, None], axis=1)[:, 0]
-  # A key that is not compared has a target of zero, and log_p is finite.
-  loss = (1 - alpha) * hard - alpha * jnp.sum(soft * log_p, axis=1)
-  return loss, jnp.argmax(logits, axis=1) == partner
 
+  def some(part):
+    query, teacher_query, ids, place = part
+    partner = place[:, None] == jnp.arange(len(keys))[None]
+    compared = (ids[:, None] != key_id[None]) | partner
 
-def _similarity(a: jax.Array, b: jax.Array, allowed: jax.Array) -> jax.Array:
-  s = jnp.matmul(a, b.T, preferred_element_type=jnp.float32)
-  return jnp.where(allowed, s, MASKED)
+    def scores(x):
+      return jnp.where(compared, similarity(x, keys), MASKED) / temperature
+
+    logits = scores(query)
+    soft = jax.lax.stop_gradient(jax.nn.softmax(scores(teacher_query)))
+    log_p = jax.nn.log_softmax(logits)
+    hard = -jnp.take_along_axis(log_p, place[:, None], axis=1)[:, 0]
+    # A key that is not compared has a target of zero, and log_p is finite.
+    loss = (1 - alpha) * hard - alpha * jnp.sum(soft * log_p, axis=1)
+    return loss, jnp.argmax(logits, axis=1) == place
+
+  places = jnp.arange(len(query))
+  return map_rows(some, (query, teacher_query, query_id, places), rows)
 
 
 def cross_entropy(

@@ -6,7 +6,6 @@ Li et al. 2021 ("Align before fuse", arXiv 2107.07651), section 3.2.
 import jax
 import jax.numpy as jnp
 
-from vlp_jax.losses import contrastive
 from vlp_jax.ops.attention import MASKED
 
 
@@ -21,7 +20,7 @@ def admissible(image_id: jax.Array, same_image: bool) -> jax.Array:
     bool `[G, g, g]`, symmetric.
   """
   if same_image:
-    return jax.vmap(contrastive.negatives)(image_id)
+    return image_id[:, :, None] != image_id[:, None]
   size = image_id.shape[1]
   return jnp.broadcast_to(~jnp.eye(size, dtype=bool), (*image_id.shape, size))
 

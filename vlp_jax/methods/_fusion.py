@@ -17,6 +17,7 @@ from vlp_jax.methods._matcher import Matcher, stack_rows, unstack_rows
 from vlp_jax.methods.base import Batch, Coupled, Mean, Params
 from vlp_jax.models.transformer import take_rows
 from vlp_jax.ops import masking, rng, token_mask
+from vlp_jax.ops.rows import Rows, map_rows
 from vlp_jax.ops.token_mask import HiddenWords
 
 TEMPERATURE = (0.001, 0.5)  # where it is kept
@@ -45,6 +46,8 @@ class FusionMethod(Matcher):
       (in ALBEF's and SIMLA's releases they are not).
     teacher_dropout: whether the teacher's dropout is on (in the releases it
       is).
+    itc_chunk: rows of ITC's logits that a device holds at a time; 0 is all.
+    word_chunk: captions whose words have logits at a time, on a device.
     start_file: see `ModuleMethod`.
   """
 
@@ -56,6 +59,8 @@ class FusionMethod(Matcher):
   queue_size: int = 0
   same_image: bool = True
   teacher_dropout: bool = False
+  itc_chunk: int = 0
+  word_chunk: int = 0
   start_file: str = ""
   uses_ema = True
 
@@ -96,11 +101,12 @@ class FusionMethod(Matcher):
       text_keys = jnp.concatenate([text, state["text_queue"]])
       image_keys = jnp.concatenate([image, state["image_queue"]])
       key_ids = jnp.concatenate([ids, state["queue_id"]])
-    allowed = jnp.ones((size, len(key_ids)), bool)
-    if self.same_image:
-      partner = jnp.arange(size)[:, None] == jnp.arange(len(key_ids))
-      allowed = (ids[:, None] != key_ids) | partner
-    settings = (self.divisor(params), self.alpha_at(ctx.step), allowed)
+    compared = ids, key_ids
+    if not self.same_image:
+      compared = jnp.arange(size), jnp.arange(len(key_ids))
+    temperature, alpha = self.divisor(params), self.alpha_at(ctx.step)
+    rows = Rows(self.itc_chunk, ctx.sharding)
+    settings = (temperature, alpha, *compared, rows)
     i2t, i2t_right = distillation.contrastive(
       shared["image"], text_keys, image, *settings
     )
@@ -110,7 +116,7 @@ class FusionMethod(Matcher):
     report = {
       "i2t_accuracy": Mean.of(i2t_right),
       "t2i_accuracy": Mean.of(t2i_right),
-      "temperature": Mean.of(settings[0][None]),
+      "temperature": Mean.of(temperature[None]),
     }
     if self.queue_size:
       # Round the end of the queue; a slice would stop there.
@@ -286,7 +292,7 @@ class FusionMethod(Matcher):
       {"itm_accuracy": Mean.of(right, weights)},
     )
 
-  def word_terms(self, params, hidden, teacher, words, alpha, *, axis=-1):
+  def word_terms(self, params, hidden, teacher, words, ctx, *, axis=-1):
     """MLM: the term, and its accuracy.
 
     Args:
@@ -294,20 +300,27 @@ class FusionMethod(Matcher):
       hidden: fused captions with hidden words `[B, L, D]`.
       teacher: (its parameters, the same from the teacher).
       words: `HiddenWords`.
-      alpha: the teacher's weight.
+      ctx: of the step.
       axis: see `distillation.cross_entropy`.
     """
     teacher_params, teacher_hidden = teacher
-    loss, right = distillation.cross_entropy(
-      self.apply(params, "word_logits", masking.take(hidden, words.places)),
-      words.labels,
-      self.apply(
-        teacher_params,
-        "word_logits",
-        masking.take(teacher_hidden, words.places),
-      ),
-      alpha,
-      axis=axis,
+    alpha = self.alpha_at(ctx.step)
+
+    def some(part):
+      hidden, teacher_hidden, labels = part
+      logits = self.apply(params, "word_logits", hidden)
+      teacher_logits = self.apply(teacher_params, "word_logits", teacher_hidden)
+      return distillation.cross_entropy(
+        logits, labels, teacher_logits, alpha, axis=axis
+      )
+
+    hidden, teacher_hidden = (
+      masking.take(x, words.places) for x in (hidden, teacher_hidden)
+    )
+    loss, right = map_rows(
+      some,
+      (hidden, teacher_hidden, words.labels),
+      Rows(self.word_chunk, ctx.sharding),
     )
     return (
       {"mlm": Mean.of(loss, words.weights)},

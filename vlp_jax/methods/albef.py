@@ -33,7 +33,6 @@ class Albef(FusionMethod):
   def forward(self, params, batch, ctx) -> Output:
     text, text_len = shorten(batch["text"], batch["text_len"])
     batch = {**batch, "text": text, "text_len": text_len}
-    alpha = self.alpha_at(ctx.step)
     key, teacher_key = self.dropout_keys(ctx)
     words = self.hide_words(batch, ctx)
 
@@ -69,7 +68,7 @@ class Albef(FusionMethod):
     )
     match, match_report = self.match_terms(params, fused, negatives)
     word, word_report = self.word_terms(
-      params, fused[3], (ctx.ema_params, teacher_fused), words, alpha
+      params, fused[3], (ctx.ema_params, teacher_fused), words, ctx
     )
     return Output(
       self.share(student, teacher),

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import NamedSharding
 
 from vlp_jax.errors import UserError
 from vlp_jax.losses import captioning
@@ -81,6 +82,7 @@ class Context(NamedTuple):
     ema_params: the momentum teacher's parameters, or None.
     method_state: queues and the like; read in `forward`, replaced in `couple`.
     train: a Python bool; False switches dropout and token masks off.
+    sharding: of a batch over devices; None is one device.
   """
 
   step: jax.Array
@@ -88,6 +90,7 @@ class Context(NamedTuple):
   ema_params: Params | None
   method_state: MethodState
   train: bool
+  sharding: NamedSharding | None = None
 
 
 class Method(Protocol):

@@ -18,6 +18,7 @@ from vlp_jax.losses import contrastive
 from vlp_jax.methods import _towers
 from vlp_jax.methods.base import Coupled, DualEncoderMethod, Mean, Output
 from vlp_jax.models.captioner import DualEncoder
+from vlp_jax.ops.rows import Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +28,12 @@ class CLIP(DualEncoderMethod):
   Attributes:
     loss: `softmax` (CLIP) or `sigmoid` (SigLIP).
     itc_reduction: of `softmax`: `mean` or `sum` of the two directions.
+    itc_chunk: rows of logits that a device holds at a time; 0 is all.
   """
 
   loss: str = "softmax"
   itc_reduction: str = "mean"
+  itc_chunk: int = 0
 
   def forward(self, params, batch, ctx) -> Output:
     image = self.encode_image(params, batch)
@@ -41,12 +44,13 @@ class CLIP(DualEncoderMethod):
     scale, bias = self.apply(params, "logit_scale")
     image, text, image_id = shared["image"], shared["text"], batch["image_id"]
     report = {"logit_scale": Mean.of(scale[None])}
+    rows = Rows(self.itc_chunk, ctx.sharding)
     if self.loss == "sigmoid":
-      loss = contrastive.sigmoid(image, text, scale, bias, image_id)
+      loss = contrastive.sigmoid(image, text, scale, bias, image_id, rows)
       report["logit_bias"] = Mean.of(bias[None])
     else:
       loss, right = contrastive.softmax(
-        image, text, scale, image_id, self.itc_reduction
+        image, text, scale, image_id, self.itc_reduction, rows
       )
       report |= {f"{name}_accuracy": Mean.of(v) for name, v in right.items()}
     return Coupled({"itc": Mean.of(loss)}, report, {})
@@ -66,7 +70,5 @@ def build(config) -> CLIP:
   start = {}
   if config.method.loss == "sigmoid":
     start = dict(scale=10.0, bias=-10.0)  # SigLIP section 3.2
-  fields = _towers.dual_encoder(config, **start)
-  return CLIP(
-    DualEncoder(**fields), config.method.loss, config.method.itc_reduction
-  )
+  fields = {k: v for k, v in config.method.items() if k != "name"}
+  return CLIP(DualEncoder(**_towers.dual_encoder(config, **start)), **fields)

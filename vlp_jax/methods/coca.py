@@ -23,6 +23,7 @@ from vlp_jax.losses import captioning, contrastive
 from vlp_jax.methods import _towers
 from vlp_jax.methods.base import CaptionerMethod, Coupled, Mean, Output
 from vlp_jax.models.captioner import Captioner
+from vlp_jax.ops.rows import Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +34,14 @@ class CoCa(CaptionerMethod):
     itc_weight: lambda_Con.
     caption_weight: lambda_Cap.
     itc_reduction: `mean` or `sum` of the two directions.
+    itc_chunk: rows of logits that a device holds at a time; 0 is all.
     caption_chunk: positions whose logits exist at a time; 0 is all.
   """
 
   itc_weight: float = 1.0
   caption_weight: float = 2.0
   itc_reduction: str = "mean"
+  itc_chunk: int = 0
   caption_chunk: int = 0
 
   def forward(self, params, batch, ctx) -> Output:
@@ -51,7 +54,7 @@ class CoCa(CaptionerMethod):
     return Output(dict(image=image, text=text), terms, report)
 
   def couple(self, params, shared, batch, ctx) -> Coupled:
-    return contrastive_terms(self, params, shared, batch)
+    return contrastive_terms(self, params, shared, batch, ctx)
 
   def term_weights(self, step: jax.Array) -> dict[str, float]:
     return {"itc": self.itc_weight, "caption": self.caption_weight}
@@ -84,7 +87,7 @@ def caption_terms(method, params, batch, tokens, context):
   )
 
 
-def contrastive_terms(method, params, shared, batch) -> Coupled:
+def contrastive_terms(method, params, shared, batch, ctx) -> Coupled:
   """L_Con of the whole batch, from `image` and `text` in `shared`."""
   scale, _ = method.apply(params, "logit_scale")
   loss, right = contrastive.softmax(
@@ -93,6 +96,7 @@ def contrastive_terms(method, params, shared, batch) -> Coupled:
     scale,
     batch["image_id"],
     method.itc_reduction,
+    Rows(method.itc_chunk, ctx.sharding),
   )
   report = {f"{name}_accuracy": Mean.of(v) for name, v in right.items()}
   report["logit_scale"] = Mean.of(scale[None])

@@ -51,6 +51,7 @@ from vlp_jax.models.captioner import unit
 from vlp_jax.models.transformer import take_rows
 from vlp_jax.models.two_stream import SCLEncoder, Seen
 from vlp_jax.ops import masking, masks, rng, token_mask
+from vlp_jax.ops.rows import Rows
 from vlp_jax.ops.token_mask import HiddenWords
 
 TEMPERATURE = (0.01, 0.5)  # where it is kept
@@ -99,6 +100,9 @@ class Scl(PairMethod):
     negatives: how ITM draws other pictures: `random`, or `hard`, by CL's
       similarities.
     contrastive_grad_scale: see above, as the next four.
+    itc_chunk: rows of logits that a device holds at a time, of CL and of both
+      completions; 0 is all.
+    word_chunk: hidden words of a caption that have logits at a time.
     start_file: see `ModuleMethod`.
   """
 
@@ -122,6 +126,8 @@ class Scl(PairMethod):
   word_pool: str = "words"
   text_mask: str = "exact"
   keep_temperature: bool = True
+  itc_chunk: int = 0
+  word_chunk: int = 0
   start_file: str = ""
 
   # --- The step ---------------------------------------------------------------
@@ -191,7 +197,7 @@ class Scl(PairMethod):
       rows = (masking.take(x[0], places) for x in (from_part, whole))
       terms["token"] = self._token_term(*rows, weights, ids)
     if self.patch_weight:
-      rows = [_patches_at(x[1], draws.patches) for x in (covered, from_part)]
+      rows = [x[1].patches_at(draws.patches) for x in (covered, from_part)]
       weights = jnp.ones(rows[0].shape[:2])
       terms["patch"] = self._token_term(*rows, weights, ids)
     return Output(shared, terms, report)
@@ -202,8 +208,9 @@ class Scl(PairMethod):
     if not self.same_image:
       ids = jnp.arange(len(ids))
     temperature = self.divisor(params)
+    rows = Rows(self.itc_chunk, ctx.sharding)
     loss, right = contrastive.softmax(
-      shared["image"], shared["text"], 1 / temperature, ids, "sum"
+      shared["image"], shared["text"], 1 / temperature, ids, "sum", rows
     )
     terms = {"itc": loss}
     report = {f"{name}_accuracy": Mean.of(v) for name, v in right.items()}
@@ -212,7 +219,7 @@ class Scl(PairMethod):
     def complete(part, whole):
       whole = jax.lax.stop_gradient(whole)
       scale = jnp.float32(1 / self.completion_temperature)
-      loss, _ = contrastive.softmax(part, whole, scale, ids, "sum")
+      loss, _ = contrastive.softmax(part, whole, scale, ids, "sum", rows)
       cosine = jnp.sum(part * whole, axis=-1)
       return loss, cosine
 
@@ -364,6 +371,7 @@ class Scl(PairMethod):
       lambda x: self.apply(params, "word_logits", x),
       masking.take(tokens, words.places),
       words.labels,
+      self.word_chunk,
     )
     return (
       {"mlm": Mean.of(loss, words.weights)},
@@ -389,13 +397,6 @@ class Scl(PairMethod):
 
 def _direction(x: jax.Array) -> jax.Array:
   return unit(x.astype(jnp.float32))
-
-
-def _patches_at(seen: Seen, places: jax.Array) -> jax.Array:
-  """Takes the same places of every frame: `[B, F K, D]`."""
-  batch, frames, width = seen.frames.shape
-  patches = seen.patches.reshape(batch, frames, -1, width)
-  return masking.take(patches, places).reshape(batch, -1, width)
 
 
 def build(config) -> Scl:

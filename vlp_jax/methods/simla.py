@@ -189,7 +189,7 @@ class Simla(FusionMethod):
         fused[3],
         (ema, teacher_fused),
         words,
-        alpha,
+        ctx,
         axis=AXES[self.mlm_axis],
       )
       terms, report = terms | word, report | word_report

@@ -118,6 +118,7 @@ class SyCoCa(CaptionerMethod):
     caption_weight: lambda_IC, of L_IC.
     tgmim_weight: lambda_TM, of L_TG-MIM; at 0 it is not computed.
     itc_reduction: `mean` or `sum` of the two directions.
+    itc_chunk: rows of logits that a device holds at a time; 0 is all.
     caption_chunk: positions whose logits exist at a time; 0 is all.
     score: what ranks the patches: `joint` (see above; `Captioner.patch_parts`),
       `raw` (product of the towers' outputs), `random`, or `reverse` of
@@ -136,6 +137,7 @@ class SyCoCa(CaptionerMethod):
   caption_weight: float = 2.0
   tgmim_weight: float = 1.0
   itc_reduction: str = "mean"
+  itc_chunk: int = 0
   caption_chunk: int = 0
   score: str = "joint"
   r_h: float = 0.5
@@ -168,7 +170,7 @@ class SyCoCa(CaptionerMethod):
     return Output(dict(image=image, text=text), terms, report)
 
   def couple(self, params, shared, batch, ctx) -> Coupled:
-    return contrastive_terms(self, params, shared, batch)
+    return contrastive_terms(self, params, shared, batch, ctx)
 
   def term_weights(self, step: jax.Array) -> dict[str, float]:
     weights = {"itc": self.itc_weight, "caption": self.caption_weight}

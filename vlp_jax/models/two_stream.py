@@ -48,6 +48,12 @@ class Seen(NamedTuple):
     """One vector `[B, D]`: the mean of the frame tokens."""
     return jnp.mean(self.frames, axis=1)
 
+  def patches_at(self, places: jax.Array) -> jax.Array:
+    """Takes the same places, int32 `[B, K]`, of every frame: `[B, F K, D]`."""
+    batch, frames, width = self.frames.shape
+    patches = self.patches.reshape(batch, frames, -1, width)
+    return masking.take(patches, places).reshape(batch, -1, width)
+
 
 class SCLEncoder(nn.Module):
   """Two towers, a two-stream fusion encoder, and heads.
