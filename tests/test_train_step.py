@@ -16,6 +16,7 @@ from tests import toys
 from vlp_jax import optim, sharding, train_state, train_step
 from vlp_jax.methods.base import Coupled, Mean, Output
 from vlp_jax.ops import rng
+from vlp_jax.ops import rows as rows_lib
 
 ONE = (1, 1, 1)
 SIZE = 64  # divides into 8 chunks on 8 devices
@@ -174,7 +175,8 @@ def test_split_and_merge(shape):
   devices, chunks = shape[0] * shape[1], 4
   x = np.arange(SIZE * 3).reshape(SIZE, 3)
   put = sharding.put_batch({"x": x}, mesh)["x"]
-  split = jax.jit(lambda x: train_step.split(x, chunks, mesh))
+  rows_of = NamedSharding(mesh, sharding.BATCH)
+  split = jax.jit(lambda x: rows_lib.split(x, chunks, rows_of))
   pieces = split(put)
   assert pieces.shape == (chunks, SIZE // chunks, 3)
   spec = NamedSharding(mesh, P(None, ("data", "fsdp")))
@@ -182,7 +184,7 @@ def test_split_and_merge(shape):
   # Of every device's block of rows, each chunk has the next part.
   rows = np.arange(SIZE).reshape(devices, chunks, -1).swapaxes(0, 1)
   np.testing.assert_array_equal(pieces, x[rows.reshape(chunks, -1)])
-  merge = jax.jit(lambda x: train_step.merge(x, chunks, mesh))
+  merge = jax.jit(lambda x: rows_lib.merge(x, rows_of))
   np.testing.assert_array_equal(merge(pieces), x)
   assert merge(pieces).sharding.is_equivalent_to(put.sharding, ndim=2)
   for function, argument in ((split, put), (merge, pieces)):

@@ -55,11 +55,20 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-  """What chips tell each other: kind, bytes a chip gives, chips of a group."""
+  """What chips tell each other.
+
+  Attributes:
+    kind: one of `COLLECTIVES`.
+    bytes: that a chip gives.
+    group: number of chips; 0 where it is not said.
+    channel: its number; 0 where it has none. Where it runs beside others, the
+      instructions that begin it, go on with it and end it share it.
+  """
 
   kind: str
   bytes: int
   group: int
+  channel: int = 0
 
   @property
   def sent(self) -> float:
@@ -90,6 +99,7 @@ class Work(NamedTuple):
   collective: Collective | None
 
 
+# Names of instructions, to what they are.
 Computation = dict[str, Instruction]
 
 
@@ -121,6 +131,7 @@ class Module:
 
   def _work(self, name: str, times: int) -> Iterator[Work]:
     computation = self.computations[name]
+    channels = set()
     for one in computation.values():
       if one.opcode in _FREE or one.opcode.endswith("-done"):
         continue
@@ -136,13 +147,18 @@ class Module:
         branches = [list(self._work(branch, times)) for branch in called]
         yield from max(branches, key=lambda b: sum(w.operations for w in b))
       else:
+        collective = self._collective(one, computation)
+        if collective and collective.channel in channels:
+          collective = None  # begun before; this works beside it
+        elif collective and collective.channel:
+          channels.add(collective.channel)
         yield Work(
           one.opcode,
           self._operations(one, computation),
           self._hbm_bytes(one, computation),
           times,
           not one.opcode.endswith("-start"),
-          self._collective(one, computation),
+          collective,
         )
 
   def _trips(self, condition: str) -> int:
@@ -251,7 +267,10 @@ class Module:
     kind = one.opcode.removesuffix("-start")
     if kind in COLLECTIVES:
       given = sum(a.bytes for x in one.operands for a in where[x].arrays)
-      return Collective(kind, given, _group(one.rest))
+      channel = re.search(r"channel_id=(\d+)", one.rest)
+      return Collective(
+        kind, given, _group(one.rest), int(channel[1]) if channel else 0
+      )
     if kind not in ("fusion", "async"):
       return None
     for name in _called(one):
@@ -325,7 +344,10 @@ def _group(attributes: str) -> int:
   iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
   if iota:
     return int(iota[2])
-  mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes)
+  mesh = re.search(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\)\))? ?\{([^}]*)\}",
+    attributes,
+  )
   if mesh:
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
     axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])

@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from vlp_jax import optim, sharding
 from vlp_jax.methods.base import Batch, Context, Coupled, Mean, Method, Output
-from vlp_jax.ops import rng
+from vlp_jax.ops import layout, rng
 from vlp_jax.ops.rows import merge, split
 from vlp_jax.train_state import TrainState
 
@@ -67,14 +67,12 @@ def make_train_step(
       sharding=NamedSharding(mesh, sharding.BATCH),
     )
     weights = method.term_weights(state.step)
-    if accumulate == 1:
-      grads, means, method_state = _plain(
-        method, state.params, batch, ctx, weights
-      )
-    else:
-      grads, means, method_state = _accumulated(
-        method, state.params, batch, ctx, weights, accumulate
-      )
+    args = method, state.params, batch, ctx, weights
+    with layout.batch(ctx.sharding):
+      if accumulate == 1:
+        grads, means, method_state = _plain(*args)
+      else:
+        grads, means, method_state = _accumulated(*args, accumulate)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = method.project(optax.apply_updates(state.params, updates))
     finite = optim.last_finite(opt_state)

@@ -3,6 +3,8 @@
 import jax
 from jax import lax
 
+from vlp_jax.ops import layout
+
 
 def dot_general(
   x: jax.Array, kernel: jax.Array, dimension_numbers, **options
@@ -30,10 +32,10 @@ def dot_general(
   leading = x.shape[: x.ndim - count]
   assert tuple(contracted) == tuple(range(len(leading), x.ndim)), contracted
   assert not any(batch_axes), batch_axes
-  rows = x.reshape(-1, *x.shape[len(leading) :])
+  rows = layout.keep_rows(x.reshape(-1, *x.shape[len(leading) :]))
   axes = tuple(range(1, count + 1))
   y = lax.dot_general(rows, kernel, ((axes, kernel_axes), ((), ())), **options)
-  return y.reshape(*leading, *y.shape[1:])
+  return layout.keep_rows(y).reshape(*leading, *y.shape[1:])
 
 
 def matmul(x: jax.Array, kernel: jax.Array, **options) -> jax.Array:

@@ -1,0 +1,42 @@
+"""Where the rows of a batch lie, while a step is traced.
+
+Parameters are split over the devices that a batch is cut over, too. Left to
+itself, XLA's partitioner may then move activations instead of weights, which
+are smaller. So the products of rows with weights say that rows stay put.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vlp_jax.ops import rows as rows_lib
+
+_SHARDING: ContextVar[NamedSharding | None] = ContextVar("layout", default=None)
+
+
+@contextmanager
+def batch(sharding: NamedSharding) -> Iterator[None]:
+  """A context in which what is traced has batches with this sharding."""
+  token = _SHARDING.set(sharding)
+  try:
+    yield
+  finally:
+    _SHARDING.reset(token)
+
+
+def keep_rows(x: jax.Array) -> jax.Array:
+  """Keeps rows `[R, ...]`, in the order of the batch, on their devices.
+
+  Other axes are left to the partitioner. Does nothing outside of `batch`, on
+  one device, and to rows that devices do not divide: those of no batch.
+  """
+  sharding = _SHARDING.get()
+  count = rows_lib.devices(sharding)
+  if count == 1 or x.shape[0] % count:
+    return x
+  free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+  spec = PartitionSpec(sharding.spec[0], *free)
+  return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
