@@ -1,8 +1,9 @@
 # shellcheck shell=bash
 # What the launch scripts share: flags, dry runs, environment files, restarts.
 #
-# A script declares `flags`, an associative array of its flags' defaults; one
-# whose default is `no` is a switch. Then it calls `parse "$@"`.
+# A script sets `flags` to its flags' defaults, where one whose default is `no` is
+# a switch, and calls `parse "$@"`.
+declare -A flags=()
 
 # How the commands of vlp_jax end: vlp_jax/command.py.
 readonly MISTAKE=2 PREEMPTED=75
@@ -22,9 +23,12 @@ usage() { sed -n '2,/^[^#]/{s/^# \{0,1\}//p;}' "$0" | sed '/^set -/d'; }
 
 # Prints words so that a shell reads them as they are.
 quote() {
-  local words
-  printf -v words '%q ' "$@"
-  printf '%s\n' "${words% }"
+  local word words=()
+  for word in "$@"; do
+    [[ "$word" =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word="${word@Q}"
+    words+=("$word")
+  done
+  printf '%s\n' "${words[*]}"
 }
 
 # Prints a command under --dry_run, and runs it otherwise.

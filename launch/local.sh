@@ -20,7 +20,7 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source=launch/common.sh
 source "$here/common.sh"
 
-declare -A flags=(
+flags=(
   [devices]=1 [grace]=60 [max_restarts]=0 [env]="$here/env/cpu.env" [dry_run]=no
 )
 parse "$@"
@@ -119,7 +119,7 @@ wait_all() {
         signal_all KILL
       fi
     fi
-    sleep 0.1
+    sleep 0.1 || true # a signal for all ends it, too
   done
   return "$worst"
 }
