@@ -101,7 +101,8 @@ await() {
         return 1
         ;;
     esac
-    sleep "${flags[poll]}"
+    sleep "${flags[poll]}" || true
+    [[ "$stopped" == no ]] || return 1
   done
 }
 

@@ -1,10 +1,13 @@
 """Cloud TPU VMs: from `create` to `delete`, with preemptions."""
 
+import os
+import shutil
+import signal
 import subprocess
 
 import pytest
 
-from tests.launch.tools import TOY, environ, wait_for
+from tests.launch.tools import LAUNCH, TOY, environ, wait_for
 
 WHERE = ("--name=a run", "--zone=us-east5-b", "--accelerator=v6e-16")
 QUEUED = ("gcloud", "compute", "tpus", "queued-resources")
@@ -12,6 +15,16 @@ QUEUED = ("gcloud", "compute", "tpus", "queued-resources")
 
 def launch(cloud, action, *args):
   return cloud.launch("tpu_vm.sh", action, *WHERE, "--poll=0", *args)
+
+
+def installed(cloud):
+  """Puts things as `create` and `install` leave them."""
+  state = cloud.folder / "cloud"
+  (state / "state").write_text("ACTIVE")
+  for worker in ("0.0", "0.1"):
+    tree = state / f"worker {worker}" / "vlp_jax" / "launch"
+    tree.mkdir(parents=True)
+    shutil.copy(LAUNCH / "worker.sh", tree)
 
 
 def done(folder):
@@ -46,14 +59,13 @@ def test_the_whole_life(cloud):
 @pytest.mark.parametrize("how", ["term", "suspend"])
 def test_a_preempted_run_goes_on(cloud, how):
   folder = cloud.folder / "shared"
-  for action in ("create", "install"):
-    assert launch(cloud, action, "--spot").returncode == 0
+  installed(cloud)
   cloud.plan(how, folder / "at-2-0.0", folder / "at-2-0.1")
   result = launch(cloud, "run", "--spot", "--", "python", TOY, folder, "wait")
   assert result.returncode == 0, result.stderr
   assert done(folder) == ["done-0.0", "done-0.1"]
   assert "restart 1 of at most 100" in result.stderr
-  made_again = cloud.verbs(*QUEUED).count("create") - 1
+  made_again = cloud.verbs(*QUEUED).count("create")
   assert made_again == (how == "suspend")
   assert result.stdout.count("starts at 0") == 2
   assert result.stdout.count("starts at 2") == 2
@@ -70,8 +82,7 @@ def test_a_mistake_ends_the_run_at_once(cloud):
 def test_a_run_that_is_left_behind_ends_first(cloud):
   """A lost connection leaves it running; two would write one folder."""
   folder = cloud.folder / "shared"
-  for action in ("create", "install"):
-    assert launch(cloud, action).returncode == 0
+  installed(cloud)
   worker = cloud.folder / "cloud" / "worker 0.0" / "vlp_jax" / "launch"
   left = subprocess.Popen(
     ["bash", worker / "worker.sh", "run", "python", TOY, folder, "wait"],
@@ -84,6 +95,31 @@ def test_a_run_that_is_left_behind_ends_first(cloud):
   out, _ = left.communicate(timeout=20)
   assert out.endswith(b"launch-status=75\n")
   assert done(folder) == ["done-0.0", "done-0.1"]
+
+
+def test_an_interrupt_has_the_workers_save(cloud):
+  folder = cloud.folder / "shared"
+  installed(cloud)
+  process = subprocess.Popen(
+    [
+      *("bash", LAUNCH / "tpu_vm.sh", "run", *WHERE, "--poll=0"),
+      *("--", "python", TOY, folder, "wait"),
+    ],
+    env=environ(STANDIN=str(cloud.folder / "cloud")),
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    start_new_session=True,
+    text=True,
+  )
+  for worker in ("0.0", "0.1"):
+    wait_for(folder / f"at-2-{worker}")
+  os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+  _, err = process.communicate(timeout=20)
+  assert process.returncode == 75
+  assert "stopping the workers" in err and "restart" not in err
+  result = launch(cloud, "run", "--", "python", TOY, folder, "wait")
+  assert result.returncode == 0
+  assert result.stdout.count("starts at 2") == 2
 
 
 def test_what_is_there_is_not_made_twice(cloud):

@@ -32,7 +32,9 @@ until = time.monotonic() + 20
 while step < 4 and time.monotonic() < until:
   if not (step == 2 and first and {"wait", "crash"} & set(how)):
     step += 1
-  saved.write_text(str(step))
+  aside = folder / f"aside-{who}"
+  aside.write_text(str(step))
+  aside.replace(saved)
   (folder / f"at-{step}-{who}").touch()
   if stop:
     sys.exit(75)
