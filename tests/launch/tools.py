@@ -1,0 +1,74 @@
+"""Runs launch scripts against stand-ins for what they call."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+HERE = pathlib.Path(__file__).parent
+LAUNCH = HERE.parents[1] / "launch"
+TOY = HERE / "toy.py"
+
+
+def environ(**more: str) -> dict[str, str]:
+  """The environment, with this Python first and without a cluster's."""
+  python = pathlib.Path(sys.executable).parent
+  path = f"{HERE / 'bin'}:{python}:{os.environ['PATH']}"
+  return {**os.environ, "PATH": path, **more}
+
+
+def launch(script: str, *args, cwd=None, **env: str):
+  """Runs a script of launch/ to its end."""
+  return subprocess.run(
+    ["bash", LAUNCH / script, *map(str, args)],
+    env=environ(**env),
+    cwd=cwd,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+
+
+def wait_for(path: pathlib.Path) -> None:
+  """Waits until a file is there, for at most 20 s."""
+  until = time.monotonic() + 20
+  while not path.exists():
+    assert time.monotonic() < until, path
+    time.sleep(0.01)
+
+
+@dataclasses.dataclass
+class Cloud:
+  """The stand-ins' state, and what was asked of them."""
+
+  folder: pathlib.Path
+
+  def launch(self, script: str, *args):
+    """Runs a script with the stand-ins on the PATH."""
+    return launch(
+      script, *args, cwd=self.folder, STANDIN=str(self.folder / "cloud")
+    )
+
+  def plan(self, how: str, *triggers: pathlib.Path) -> None:
+    """Preempts once, as soon as files are there: "term" or "suspend"."""
+    plan = "\n".join([how, *map(str, triggers)])
+    (self.folder / "cloud" / "plan").write_text(plan)
+
+  @property
+  def calls(self) -> list[list[str]]:
+    """All calls of the stand-ins, as lists of arguments."""
+    path = self.folder / "cloud" / "calls"
+    if not path.exists():
+      return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+  def verbs(self, *leading: str) -> list[str]:
+    """What was asked of one program: the word behind `leading`."""
+    return [
+      call[len(leading)]
+      for call in self.calls
+      if tuple(call[: len(leading)]) == leading
+    ]

@@ -1,0 +1,43 @@
+"""A command that ends as vlp_jax's do: 0, 2, or 75 once SIGTERM has come.
+
+toy.py FOLDER [wait | mistake | crash]   with `wait`, the first start goes no
+                                         further than step 2 before SIGTERM
+"""
+
+import os
+import pathlib
+import signal
+import sys
+import time
+
+folder, *how = sys.argv[1:]
+who = next(
+  os.environ[name]
+  for name in ("JAX_PROCESS_ID", "SLURM_PROCID", "WORKER", "HOME")
+  if name in os.environ
+).replace("/", "_")
+folder = pathlib.Path(folder)
+folder.mkdir(parents=True, exist_ok=True)
+saved = folder / f"step-{who}"
+stop = []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+step = int(saved.read_text()) if saved.exists() else 0
+print(f"{who} starts at {step}, {os.environ.get('LIBTPU_INIT_ARGS', '')[:6]}")
+if "mistake" in how:
+  sys.exit(2)
+if "crash" in how and who == "1":
+  sys.exit(7)
+first = step == 0
+until = time.monotonic() + 20
+while step < 4 and time.monotonic() < until:
+  if not (step == 2 and first and {"wait", "crash"} & set(how)):
+    step += 1
+  aside = folder / f"aside-{who}"
+  aside.write_text(str(step))
+  aside.replace(saved)
+  (folder / f"at-{step}-{who}").touch()
+  if stop:
+    sys.exit(75)
+  time.sleep(0.01)
+assert step == 4, "nothing came in 20 s"
+(folder / f"done-{who}").write_text(str(step))
