@@ -224,6 +224,61 @@ def test_damage_falls_back_to_the_one_before(tmp_path, kind, cut):
   gc.collect()  # so that those other reads end here
 
 
+def _flip(path, place, bit=3):
+  """Flips a bit at a place, a share of the file."""
+  data = bytearray(path.read_bytes())
+  data[int(place * len(data))] ^= 1 << bit
+  path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["data", "metadata", "sharding", "meta"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_flipped_bit_falls_back_to_the_one_before(tmp_path, kind):
+  """The arrays' files have no checksum of their own, nor has JSON."""
+  save_all(tmp_path, 1, 2)
+  state = tmp_path / "2/state"
+  if kind == "data":
+    data = max(state.rglob("d/*"), key=lambda path: path.stat().st_size)
+    _flip(data, 0.5)
+  elif kind == "metadata":
+    _flip(state / "_METADATA", 0.5, 7)  # no character
+  elif kind == "sharding":
+    path = state / "_sharding"
+    path.write_text(path.read_text().replace("TFRT", "UFRT"))
+  else:
+    path = tmp_path / "2/meta/metadata"
+    path.write_text(path.read_text().replace('"step": 2', '"step": 3', 1))
+  saver = checkpoint.Checkpointer(tmp_path)
+  target = abstract(make_state(1))
+  with pytest.raises(UserError, match=f"{tmp_path}/2 is damaged"):
+    saver.restore(target, step=2)
+  if kind == "meta":
+    with pytest.raises(UserError, match="saved is not what is read"):
+      saver.restore_params(target.params, step=2)
+  restored, meta = saver.restore(target)
+  assert_equal(restored, make_state(1))
+  assert meta == {"step": 1}
+  assert {path.name for path in tmp_path.iterdir()} == {"1", "2.damaged"}
+  saver.close()
+  gc.collect()
+
+
+def test_what_may_pass_is_no_damage(tmp_path, monkeypatch):
+  save_all(tmp_path, 1, 2)
+  saver = checkpoint.Checkpointer(tmp_path)
+  for error in (ValueError("UNAVAILABLE: try again"), MemoryError()):
+
+    def fail(*args, error=error, **kwargs):
+      raise error
+
+    with monkeypatch.context() as patch:
+      patch.setattr(saver._manager, "restore", fail)
+      with pytest.raises(type(error)):
+        saver.restore(abstract(make_state(1)))
+  assert saver.latest_step() == 2
+  saver.close()
+
+
 def test_a_file_in_the_way(tmp_path):
   (tmp_path / "file").touch()
   with pytest.raises(UserError, match=r"cannot write .* \(Not a directory\)"):

@@ -197,6 +197,7 @@ def test_mesh_shape():
     ("total_steps=-1", "total_steps is -1"),
     ("optimizer.b2=1.0", r"optimizer.b2 is 1.0, not in \[0, 1\)"),
     ("mesh.data=3", "does not make 8 devices"),
+    ("profile=15:10", "profile is '15:10', but must be FIRST:LAST"),
     ("model.image.num_heads=5", "image.width=64 is not a multiple of"),
     ("model.image.patch_size=7", "image_size=64 is not a multiple of"),
     ("tokenizer.max_len=64", "max_len=64 exceeds config.model.text.max_len"),
@@ -229,6 +230,7 @@ def test_configs_of_before_a_field_was_there(file):
     del older["data"][field]
   for field in ("start_factor", "stairs", "warmup_stairs"):
     del older["schedule"][field]
+  del older["profile"]
   again = config_lib.from_json(json.dumps(older))
   assert config_lib.diff(config, again) == []
   assert again.is_locked
@@ -239,7 +241,7 @@ def test_resume_needs_the_same_config(file, tmp_path):
   config_lib.check_same(config_lib.load(file), path)  # nothing there yet
   config_lib.save(config_lib.load(file), path)
   free = ["log.every_steps=1", "data.num_workers=2", "mesh.fsdp=2"]
-  free += ["data.max_bad=0.5"]
+  free += ["data.max_bad=0.5", "optimizer.max_skipped=9", "profile=2:3"]
   config_lib.check_same(config_lib.load(file, free), path)
   with pytest.raises(UserError, match="seed: 0 -> 1; total_steps: 10 -> 20"):
     config_lib.check_same(

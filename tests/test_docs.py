@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 
+from tests import toys
 from vlp_jax import config as config_lib
 from vlp_jax import evaluate, export
 from vlp_jax.convert import albef as convert_albef
@@ -13,6 +14,7 @@ from vlp_jax.convert import scl as convert_scl
 from vlp_jax.data import build, one_frame, train_tokenizer
 from vlp_jax.data.prepare import __main__ as prepare
 from vlp_jax.flags import parse_flags
+from vlp_jax.methods import base as methods
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
@@ -58,6 +60,16 @@ def test_commands_are_understood(page):
     else:
       flags, _ = parse_flags(args, FLAGS[module])
       assert flags["name" if module.startswith("data.") else "workdir"]
+
+
+@pytest.mark.parametrize("name", [*methods.available()])
+def test_terms_are_documented(name):
+  items = []
+  if name == "scl":
+    items = ["method.patch_weight=0.2", "method.token_weight=0.2"]
+  text = (ROOT / "docs" / "metrics.md").read_text()
+  for term in toys.method(name, *items).term_weights(0):
+    assert f"`train/{term}`" in text
 
 
 def test_the_readme_has_the_commands_that_count():

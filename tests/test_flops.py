@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests import toys
-from vlp_jax import flops, optim, sharding, train_state, train_step
+from vlp_jax import flops, sharding, skips, train_state, train_step
 from vlp_jax.models.transformer import Transformer
 
 
@@ -182,7 +182,7 @@ def test_a_small_step_costs_what_xla_says():
     toys.method("clip", *items),
     train_state.batch_spec(toys.config("clip", *items)),
   )
-  optimizer = optim.skip_nonfinite(optax.sgd(0.1))
+  optimizer = skips.skip_nonfinite(optax.sgd(0.1))
   state = jax.eval_shape(
     lambda: train_state.create(method, optimizer, spec, seed=0, use_ema=False)
   )

@@ -109,45 +109,6 @@ def test_a_full_disk_is_told_in_one_line(tmp_path):
     metrics.Writer(tmp_path / "none")
 
 
-class Clock:
-  """Time that passes when told."""
-
-  def __init__(self):
-    self.now = 100.0
-
-  def __call__(self):
-    return self.now
-
-
-def test_throughput():
-  clock = Clock()
-  speed = metrics.Throughput(batch_size=8, clock=clock)
-
-  def step(wait, compute):
-    with speed.waiting():
-      clock.now += wait
-    clock.now += compute
-    speed.step()
-
-  step(1.0, 60.0)  # compiles
-  assert speed.rates() == {} and speed.seconds_per_step() is None
-  for _ in range(4):
-    step(0.5, 1.5)
-    with speed.paused():
-      clock.now += 1000.0  # an evaluation
-  assert speed.rates() == {
-    "time/examples_per_second": 4.0,
-    "time/data_wait": 0.25,
-  }
-  step(0.0, 1.0)
-  assert speed.rates() == {
-    "time/examples_per_second": 8.0,
-    "time/data_wait": 0.0,
-  }
-  assert speed.seconds_per_step() == 9 / 5
-  assert speed.rates() == {}
-
-
 def test_progress_without_a_terminal(capsys):
   with metrics.Progress(400, 8, start=100, interval=3600.0) as progress:
     for step in range(101, 401):

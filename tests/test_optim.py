@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from vlp_jax import config as config_lib
-from vlp_jax import optim
+from vlp_jax import optim, skips
 from vlp_jax.errors import UserError
 
 STEPS, WARMUP = 8, 3
@@ -378,9 +378,9 @@ def test_nonfinite_gradients_change_nothing(name):
   got, state = run(config, [good[0], *poison, good[1]], make_params())
   jax.tree.map(np.testing.assert_array_equal, got, want)
   jax.tree.map(np.testing.assert_array_equal, state.inner, want_state.inner)
-  assert optim.skipped(state) == 3 and optim.last_finite(state)
+  assert skips.skipped(state) == 3 and skips.last_finite(state)
   _, state = run(config, [poison[0]], make_params())
-  assert optim.skipped(state) == 1 and not optim.last_finite(state)
+  assert skips.skipped(state) == 1 and not skips.last_finite(state)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
@@ -405,9 +405,10 @@ def test_state_has_a_fixed_structure(name):
     ("optimizer.name=adam", "the optimizers are adamw, adafactor, lion, muon"),
     ("optimizer.mu_dtype=fp8", "neither float32 nor bfloat16"),
     ("schedule.name=step", "the schedules are cosine, linear, constant"),
+    ("optimizer.max_spike=0.5", "max_spike is 0.5, but must be over 1, or 0"),
   ],
 )
-def test_unknown_names_are_refused(field, says):
+def test_what_cannot_be_is_refused(field, says):
   config = config_lib.override(make_config(), [field])
   with pytest.raises(UserError, match=says):
     optim.make_optimizer(config, STEPS, WARMUP)

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests import toys
-from vlp_jax import optim, sharding, train_state, train_step
+from vlp_jax import sharding, skips, train_state, train_step
 from vlp_jax.methods.base import Coupled, Mean, Output
 from vlp_jax.ops import rng
 from vlp_jax.ops import rows as rows_lib
@@ -109,7 +109,7 @@ def _params(name, seed=0):
 def _losses_and_gradients(name, mesh_shape, accumulate):
   """What the step finds, from the same parameters and the same batch."""
   method, mesh = toys.method(*METHODS[name]), _mesh(mesh_shape)
-  optimizer = optim.skip_nonfinite(toys.record_gradients())
+  optimizer = skips.skip_nonfinite(toys.record_gradients())
   state = _start(
     optimizer,
     _params(name),
@@ -152,7 +152,7 @@ def test_meshes_and_chunks(name, mesh, accumulate, monkeypatch):
 def test_chunks_need_less_memory():
   """Where activations dominate: an eighth of them, and what chunks cost."""
   method, params = toys.method("clip"), toys.shapes("clip")
-  optimizer = optim.skip_nonfinite(optax.sgd(0.1))
+  optimizer = skips.skip_nonfinite(optax.sgd(0.1))
   spec = train_state.batch_spec(toys.config("clip", "batch_size=512"))
 
   def size(accumulate):
@@ -252,7 +252,7 @@ DECAY = 0.75
 
 @functools.cache
 def _toy(accumulate=1, noise=0.0):
-  optimizer = optim.skip_nonfinite(
+  optimizer = skips.skip_nonfinite(
     optax.chain(toys.record_gradients(), optax.sgd(0.1))
   )
   step = train_step.make_train_step(
@@ -366,7 +366,7 @@ def test_nothing_to_average_is_zero():
 
 
 def test_without_an_average_there_is_none():
-  optimizer = optim.skip_nonfinite(optax.sgd(0.1))
+  optimizer = skips.skip_nonfinite(optax.sgd(0.1))
   step = train_step.make_train_step(
     _NoTeacher(), optimizer, accumulate=1, mesh=_mesh(), ema_decay=DECAY
   )

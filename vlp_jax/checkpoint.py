@@ -3,17 +3,17 @@
 The one module that knows Orbax. A checkpoint is a folder named after its
 step; it appears under that name when it is whole, so a run killed while it
 saves leaves the one before. Inside are `state` (every array of the training
-state) and `meta` (JSON).
+state) and `meta` (JSON), with checksums of both: the arrays' files have none.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import math
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,10 +22,16 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from vlp_jax import checksums
 from vlp_jax.errors import UserError
 
-# How TensorStore begins to tell of files that are not whole.
+# How TensorStore begins to tell of files that are not whole; there are others,
+# such as UNAVAILABLE. And what Orbax raises, which believes what it reads.
 _DAMAGE = ("DATA_LOSS", "FAILED_PRECONDITION", "NOT_FOUND", "OUT_OF_RANGE")
+_STATUS = re.compile("([A-Z_]{4,}): ")
+_DAMAGED = (FileNotFoundError, LookupError, ValueError, TypeError)
+_DAMAGED += (AttributeError, NotImplementedError)
+_CHECKSUMS = "checksums"  # in `meta`
 # Troubles with the disk that TensorStore, too, names in these words.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 _SHOWN = 5  # leaves that a message names
@@ -106,8 +112,10 @@ class Checkpointer:
     """
     if step in self._manager.all_steps():
       return
+    sums = checksums.make(_flat(state), meta)
     args = ocp.args.Composite(
-      state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))
+      state=ocp.args.StandardSave(state),
+      meta=ocp.args.JsonSave({**meta, _CHECKSUMS: sums}),
     )
     ranked = None
     if self._best_metric:
@@ -161,7 +169,8 @@ class Checkpointer:
               meta=ocp.args.JsonRestore(),
             ),
           )
-        return restored.state, restored.meta
+          meta = _verified(path, abstract, restored.state, restored.meta)
+        return restored.state, meta
       except _DamagedError as damage:
         # Processes that disagree on which step to take would hang: they stop.
         if step is not None or jax.process_count() > 1:
@@ -205,6 +214,7 @@ class Checkpointer:
       meta = self._manager.restore(
         int(path.name), args=ocp.args.Composite(meta=ocp.args.JsonRestore())
       ).meta
+      meta = _verified(path, wanted, restored, meta)
     return restored["params"], restored.get("ema_params"), meta
 
   def wait(self) -> None:
@@ -277,6 +287,12 @@ class _DamagedError(UserError):
   """Files that are not whole."""
 
 
+def _damaged(path: pathlib.Path, reason: str) -> _DamagedError:
+  return _DamagedError(
+    f"checkpoint {path} is damaged ({reason}); remove it to use another"
+  )
+
+
 @contextmanager
 def _readable(path: pathlib.Path) -> Iterator[None]:
   """Tells damaged files from other errors, which are ours."""
@@ -286,12 +302,10 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
     raise
   except Exception as error:
     *_, root = causes = list(_causes(error))
-    if not any(map(_is_damage, causes)):
+    if not _is_damage(causes):
       raise
     text = f"{type(root).__name__}: {root}".splitlines()[0][:150]
-    raise _DamagedError(
-      f"checkpoint {path} is damaged ({text}); remove it to use another"
-    ) from error
+    raise _damaged(path, text) from error
 
 
 @contextmanager
@@ -306,6 +320,27 @@ def _explained(path: pathlib.Path) -> Iterator[None]:
         "folder, and start again"
       ) from error
     raise
+
+
+def _verified(
+  path: pathlib.Path, wanted: Any, tree: Any, meta: dict[str, Any]
+) -> dict[str, Any]:
+  """Compares what was restored with its checksums; returns `meta` without."""
+  rest = {name: value for name, value in meta.items() if name != _CHECKSUMS}
+  arrays, types = _flat(tree), _flat(wanted)
+  wrong = [name for name, x in arrays.items() if x.dtype != types[name].dtype]
+  if not wrong and _CHECKSUMS in meta:  # else saved before there were any
+    wrong = checksums.differ(meta[_CHECKSUMS], arrays, rest)
+  if wrong:
+    more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
+    raise _damaged(
+      path, f"what was saved is not what is read: {wrong[0]}{more}"
+    )
+  return rest
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+  return ocp.tree.to_flat_dict(tree, sep="/")
 
 
 def _check_structure(
@@ -334,8 +369,7 @@ def _describe(tree: Any) -> dict[str, str]:
       leaf = jax.eval_shape(jax.random.key_data, leaf)
     return f"{tuple(leaf.shape)} {leaf.dtype}"
 
-  flat = ocp.tree.to_flat_dict(tree, sep="/")
-  return {name: describe(leaf) for name, leaf in flat.items()}
+  return {name: describe(leaf) for name, leaf in _flat(tree).items()}
 
 
 def _describe_saved(metadata: Any) -> dict[str, str]:
@@ -357,9 +391,15 @@ def _disk_trouble(error: BaseException) -> str | None:
   return next((text for text in words if text in str(error)), None)
 
 
-def _is_damage(error: BaseException) -> bool:
-  kinds = (FileNotFoundError, json.JSONDecodeError)
-  return isinstance(error, kinds) or str(error).startswith(_DAMAGE)
+def _is_damage(causes: list[BaseException]) -> bool:
+  missing = FileNotFoundError
+  if any(_disk_trouble(x) for x in causes if not isinstance(x, missing)):
+    return False
+  found = filter(None, (_STATUS.match(str(error)) for error in causes))
+  states = [match[1] for match in found]
+  if states:
+    return any(state in _DAMAGE for state in states)
+  return any(isinstance(error, _DAMAGED) for error in causes)
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:

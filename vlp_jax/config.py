@@ -21,6 +21,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vlp_jax import profiling
 from vlp_jax.errors import UserError
 from vlp_jax.fields import default_config
 from vlp_jax.flags import did_you_mean, parse_flags, parse_value
@@ -29,9 +30,11 @@ _PACKAGE = pathlib.Path(__file__).resolve().parent
 
 _FREE_DATA = ("num_workers", "val_split", "test_split", "max_bad")
 # What a resumed run may change, since no trained number depends on it: how
-# often to log, save and evaluate, on what, and with how many workers to read.
+# often to log, save and evaluate, on what, with how many workers to read, what
+# to trace and when to give up.
 # Another mesh computes the same up to the order of float additions.
-_FREE_ON_RESUME = ("log.", "checkpoint.", "evals.", "mesh.")
+_FREE_ON_RESUME = ("log.", "checkpoint.", "evals.", "mesh.", "profile:")
+_FREE_ON_RESUME += ("optimizer.max_skipped:",)
 _FREE_ON_RESUME += tuple(f"data.{field}" for field in _FREE_DATA)
 # The length of a run shapes its learning rates from the first step on, so it
 # is free only where the schedule does not look at it.
@@ -237,6 +240,7 @@ def validate(
       "set exactly one of config.total_steps, config.total_epochs and "
       f"config.total_examples (set: {', '.join(lengths) or 'none'})"
     )
+  profiling.parse(config.profile)
   data, fsdp, _ = mesh_shape(config, num_devices)
   # A chunk takes an equal part of each device's rows. In one piece, groups may
   # reach over devices.
@@ -292,6 +296,8 @@ def from_json(text: str) -> ConfigDict:
     if isinstance(section, ConfigDict):
       known = config[name].to_dict() if name in config else {}
       config[name] = section.to_dict() | known
+    elif name not in config:
+      config[name] = section
   return config.lock()
 
 
@@ -317,9 +323,10 @@ def save(config: ConfigDict, path: str | os.PathLike) -> None:
 def check_same(config: ConfigDict, path: str | os.PathLike) -> None:
   """Refuses to go on with a run that another config began.
 
-  Free to differ are logging, checkpoints, evaluations, the mesh, the number of
-  workers and the share of bad records, since no trained number depends on them;
-  and the length of the run where `schedule.name` is 'constant'.
+  Free to differ are logging, checkpoints, evaluations, profiles, the mesh, the
+  number of workers and what stops a run (bad records, skipped updates): no
+  trained number depends on them; and the length of the run where
+  `schedule.name` is 'constant'.
 
   Args:
     config: of the run that starts.

@@ -62,6 +62,10 @@ def default_config() -> ConfigDict:
         b2=0.98,
         eps=1e-8,
         grad_clip=1.0,  # global norm; 0 = off
+        # An update is skipped if its gradient's norm is more than so many times
+        # the running mean, as it is if the gradient is not finite; 0 = off.
+        max_spike=0.0,
+        max_skipped=50,  # updates in a row that stop the run; 0 = off
         mu_dtype="float32",  # of the first moment
       ),
       schedule=dict(
@@ -87,5 +91,7 @@ def default_config() -> ConfigDict:
       ),
       evals=dict(),
       log=dict(every_steps=50),
+      # Steps to trace, counted from 1 when the process begins: "10:15".
+      profile="",
     )
   )

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +28,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from vlp_jax.errors import UserError
+from vlp_jax.throughput import Throughput, process_age
 
 
 class Writer:
@@ -51,6 +53,8 @@ class Writer:
     self._file = self._events = None
     if jax.process_index() != 0:
       return
+    # It would warn of every number that is not finite.
+    logging.getLogger("tensorboardX").setLevel(logging.ERROR)
     with _explained(self._path):
       _truncate(self._path, start)
       # Without a buffer: a line is there, or told to be missing, at once.
@@ -102,71 +106,6 @@ def _truncate(path: pathlib.Path, start: int) -> None:
   _write_whole(path, "".join(kept))
 
 
-class Throughput:
-  """Measures a loop's speed, leaving pauses and the first step out.
-
-  Args:
-    batch_size: examples of a step, on average.
-    clock: seconds.
-  """
-
-  def __init__(
-    self, batch_size: float, clock: Callable[[], float] = time.monotonic
-  ):
-    self._batch_size = batch_size
-    self._clock = clock
-    self._begun = None  # when the first step, which compiles, was done
-    self._window = [0, 0.0, 0.0]  # steps, seconds, seconds spent waiting
-    self._total = [0, 0.0]  # steps, seconds
-
-  def step(self) -> None:
-    """Counts a finished step."""
-    now = self._clock()
-    if self._begun is not None:
-      seconds = now - self._begun
-      self._window[0] += 1
-      self._window[1] += seconds
-      self._total[0] += 1
-      self._total[1] += seconds
-    else:
-      self._window[2] = 0.0
-    self._begun = now
-
-  @contextmanager
-  def waiting(self) -> Iterator[None]:
-    """Counts its body's time as waiting for data."""
-    begun = self._clock()
-    yield
-    self._window[2] += self._clock() - begun
-
-  @contextmanager
-  def paused(self) -> Iterator[None]:
-    """Does not count its body's time: evaluations, checkpoints."""
-    begun = self._clock()
-    yield
-    if self._begun is not None:
-      self._begun += self._clock() - begun
-
-  def seconds_per_step(self) -> float | None:
-    """Returns the mean since the second step, or None before its end."""
-    steps, seconds = self._total
-    return seconds / steps if steps else None
-
-  def rates(self) -> dict[str, float]:
-    """Returns the rates since the last call; none where no step was timed.
-
-    `time/examples_per_second`, and `time/data_wait`, a part of the time.
-    """
-    steps, seconds, waited = self._window
-    if not steps or seconds <= 0:
-      return {}
-    self._window = [0, 0.0, 0.0]
-    return {
-      "time/examples_per_second": steps * self._batch_size / seconds,
-      "time/data_wait": min(waited / seconds, 1.0),
-    }
-
-
 class Progress:
   """Shows how a run goes: a bar on a terminal, else a line now and then.
 
@@ -177,6 +116,7 @@ class Progress:
     batch_size: examples of a step, on average.
     start: steps that were done before.
     interval: seconds between lines, where there is no terminal.
+    **work: `model_flops` and `peak_flops` of `Throughput`.
   """
 
   def __init__(
@@ -185,12 +125,13 @@ class Progress:
     batch_size: float,
     start: int = 0,
     interval: float = 5.0,
+    **work: float | None,
   ):
     self._total_steps = total_steps
     self._batch_size = batch_size
     self._interval = interval
     self._printed = -math.inf
-    self._throughput = Throughput(batch_size)
+    self._throughput = Throughput(batch_size, age=process_age(), **work)
     self._bar = None
     if jax.process_index() == 0 and sys.stdout.isatty():
       self._bar = rich.progress.Progress(
@@ -234,7 +175,7 @@ class Progress:
     """A context for what is no training; it is shown, and not timed."""
     if self._bar is not None:
       self._bar.update(self._task, description=what)
-    with self._throughput.paused():
+    with self._throughput.paused(what):
       yield
     if self._bar is not None:
       self._bar.update(self._task, description="training")

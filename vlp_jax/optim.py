@@ -1,4 +1,4 @@
-"""Optimizers by name, learning-rate schedules, and what is done with NaNs.
+"""Optimizers by name, and learning-rate schedules.
 
 What happens to a parameter is decided by its path, not by its rank alone:
 a scanned stack gives every leaf one more axis, so a stacked bias is a matrix.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from optax import contrib
 
 from vlp_jax import factors as factors_lib
+from vlp_jax import skips
 from vlp_jax.errors import UserError
 
 Schedule = Callable[[Any], jax.Array]
@@ -43,7 +44,7 @@ _EXAMPLE = '{"temperature": 0.1, "matching": 5}'
 def make_optimizer(
   config: ConfigDict, total_steps: int, warmup_steps: int
 ) -> tuple[optax.GradientTransformation, Schedule]:
-  """Builds clip -> optimizer -> schedule, skipping non-finite gradients.
+  """Builds clip -> optimizer -> schedule, skipping what would do harm.
 
   Args:
     config: reads `optimizer` and `schedule`.
@@ -58,6 +59,11 @@ def make_optimizer(
     UserError: on an unknown optimizer, schedule or dtype.
   """
   c = config.optimizer
+  if 0 < c.max_spike <= 1:
+    raise UserError(
+      f"config.optimizer.max_spike is {c.max_spike}, but must be over 1, or 0 "
+      "to skip no update for its size"
+    )
   if c.name not in _OPTIMIZERS:
     raise UserError(
       f"config.optimizer.name is {c.name!r}, but the optimizers are "
@@ -84,7 +90,9 @@ def make_optimizer(
   if c.grad_clip:
     clip = optax.clip_by_global_norm(c.grad_clip)
     optimizer = optax.chain(clip, optimizer)
-  return skip_nonfinite(optimizer), _scaled(c.learning_rate, shape)
+  return skips.skip_nonfinite(optimizer, c.max_spike), _scaled(
+    c.learning_rate, shape
+  )
 
 
 # --- Schedules --------------------------------------------------------------
@@ -298,57 +306,3 @@ def _map_with_names(function: Callable, tree: Any) -> Any:
     return function(tuple(str(getattr(k, "key", k)) for k in path), leaf)
 
   return jax.tree_util.tree_map_with_path(call, tree)
-
-
-# --- Non-finite gradients ---------------------------------------------------
-
-
-class SkipState(NamedTuple):
-  """State of `skip_nonfinite`.
-
-  Attributes:
-    last_finite: bool scalar, whether the last update was applied.
-    skipped: int32 scalar, how many were not, since the start.
-    inner: the wrapped optimizer's state.
-  """
-
-  last_finite: jax.Array
-  skipped: jax.Array
-  inner: Any
-
-
-def skip_nonfinite(
-  inner: optax.GradientTransformation,
-) -> optax.GradientTransformation:
-  """Makes an update of zero, and keeps the state, where gradients overflow.
-
-  Unlike `optax.apply_if_finite` it never gives in, however many come in a
-  row; and a gradient whose norm overflows is refused as well, since its
-  square would stay in Adam's second moment. Values are selected, not branched
-  on: as fast, less memory, and no device waits for another inside a branch.
-  """
-
-  def init(params):
-    return SkipState(jnp.array(True), jnp.int32(0), inner.init(params))
-
-  def update(gradients, state, params=None):
-    finite = jnp.isfinite(optax.tree.norm(gradients))
-    updates, new = inner.update(gradients, state.inner, params)
-    updates = jax.tree.map(
-      lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates
-    )
-    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state.inner)
-    skipped = state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32)
-    return updates, SkipState(finite, skipped, kept)
-
-  return optax.GradientTransformation(init, update)
-
-
-def last_finite(opt_state: SkipState) -> jax.Array:
-  """Returns a bool scalar: whether the last update was applied."""
-  return opt_state.last_finite
-
-
-def skipped(opt_state: SkipState) -> jax.Array:
-  """Returns an int32 scalar: the updates skipped since the start."""
-  return opt_state.skipped

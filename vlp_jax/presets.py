@@ -69,6 +69,7 @@ def debug(config: ConfigDict) -> None:
   config.schedule.warmup_steps = 2
   config.checkpoint.every_steps = 4
   config.log.every_steps = 2
+  config.optimizer.max_spike = 100.0
   for evaluation in config.evals.values():
     evaluation.update(batch_size=32, max_examples=32)
     evaluation.every_steps = min(evaluation.every_steps, 4)

@@ -14,7 +14,18 @@ import jax
 from ml_collections import ConfigDict
 
 from vlp_jax import checkpoint as checkpoint_lib
-from vlp_jax import command, metrics, optim, sharding, train_state, train_step
+from vlp_jax import (
+  chips,
+  command,
+  flops,
+  metrics,
+  optim,
+  profiling,
+  sharding,
+  skips,
+  train_state,
+  train_step,
+)
 from vlp_jax import config as config_lib
 from vlp_jax.data import joint, pipeline
 from vlp_jax.data import tokenizer as tokenizer_lib
@@ -41,12 +52,13 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
       first step, wherever that can be known.
     Preempted: after SIGTERM, when the state is saved.
   """
-  started = time.time()
-  method, *_ = of_streams = build_methods(config)
+  started = time.monotonic()
+  parts = joint.configs(config)
+  method, *_ = of_streams = build_methods(config, parts)
   workdir = command.make_folder(workdir)
   config_lib.check_same(config, workdir / "config.json")
   mesh = sharding.make_mesh(config_lib.mesh_shape(config, jax.device_count()))
-  streams = joint.open_streams(config)
+  streams = joint.open_streams(parts)
   source = streams[0].source
   tokenizer = tokenizer_lib.get_tokenizer(config, joint.union(streams))
   env = evaluators_lib.Env(config, mesh, tokenizer, workdir)
@@ -88,7 +100,14 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
 
   writer = metrics.Writer(workdir, start)
   examples = joint.examples_a_step(streams)
-  progress = metrics.Progress(total_steps, examples, start)
+  progress = metrics.Progress(
+    total_steps, examples, start, **work(of_streams, streams, mesh)
+  )
+  in_row = skips.SkippedInRow(
+    config.optimizer.max_skipped,
+    int(skips.skipped(state.opt_state)),
+    checkpoints.latest_step,
+  )
   batches = joint.JointBatches(
     streams,
     tokenizer,
@@ -111,9 +130,10 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     if step % config.log.every_steps == 0 or step == total_steps:
       scalars = latest | {"train/learning_rate": float(schedule(step - 1))}
       writer.write(step, scalars | progress.rates())
+    in_row.update(step, values["skipped"])
 
   def save(step: int, scores: dict[str, float] | None = None) -> None:
-    spent = seconds + time.time() - started
+    spent = seconds + time.monotonic() - started
     meta = {
       "fingerprint": fingerprint,
       "seconds": spent,
@@ -129,6 +149,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     stack.enter_context(contextlib.closing(checkpoints))
     stack.enter_context(contextlib.closing(batches))
     stack.enter_context(progress)
+    profiler = stack.enter_context(
+      profiling.Profiler(config.profile, workdir / "profile", progress.pause)
+    )
     for step in range(start + 1, total_steps + 1):
       with progress.waiting():
         number, batch = next(batches)
@@ -136,7 +159,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
       first = number not in compiled
       compiled.add(number)
       with progress.pause("compiling") if first else contextlib.nullcontext():
-        state, values = step_fns[number](state, batch)
+        state, values = profiler.run(step, step_fns[number], state, batch)
       log(pending)  # of the step before: the device is never waited for
       name = streams[number].name
       pending = step, name, values | {"bad_records": batches.bad_records[name]}
@@ -169,30 +192,52 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     config=config,
     step=int(state.step),
     params_sha256=metrics.params_sha256(state.params),
-    seconds=seconds + time.time() - started,
+    seconds=seconds + time.monotonic() - started,
     metrics=results,
   )
   metrics.print_table(results)
   return results
 
 
-def build_methods(config: ConfigDict) -> list[Method]:
+def build_methods(
+  config: ConfigDict, parts: Sequence[tuple[str, float, ConfigDict]]
+) -> list[Method]:
   """Builds the method once for each stream of batches, and checks the config.
 
   All have the same parameters. The positions of a picture's patches are made
   for `config.data.image_size`, and resized for clips.
 
+  Args:
+    config: of the run.
+    parts: what `joint.configs` makes of it.
+
   Raises:
     UserError: on what cannot work.
   """
   found = []
-  for _, _, one in joint.configs(config):
+  for _, _, one in parts:
     view = one.copy_and_resolve_references()
     view.data.image_size = config.data.image_size
     method = methods.get(config.method.name, view)
     config_lib.validate(one, jax.device_count(), method.match_group)
     found.append(method)
   return found
+
+
+def work(
+  of_streams: Sequence[Method], streams: Sequence[joint.Stream], mesh
+) -> dict[str, float | None]:
+  """Returns the operations of a mean step, and what the mesh could do."""
+  counts = [
+    stream.share
+    * flops.model_flops(method, train_state.batch_spec(stream.config))
+    for method, stream in zip(of_streams, streams, strict=True)
+  ]
+  chip = chips.get(mesh.devices.flat[0].device_kind)
+  return {
+    "model_flops": sum(counts),
+    "peak_flops": chip and chip.flops * mesh.size,
+  }
 
 
 class Preemption:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from vlp_jax import optim, sharding
+from vlp_jax import sharding, skips
 from vlp_jax.methods.base import Batch, Context, Coupled, Mean, Method, Output
 from vlp_jax.ops import layout, rng
 from vlp_jax.ops.rows import merge, split
@@ -52,7 +52,7 @@ def make_train_step(
 
   The metrics are float32 scalars: `loss`, each term, what the method reports,
   `grad_norm` (before clipping), and `skipped`, the number of updates so far
-  that were left out because of a gradient that is not finite.
+  that were left out; see `skips.skip_nonfinite`.
   """
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -75,7 +75,7 @@ def make_train_step(
         grads, means, method_state = _accumulated(*args, accumulate)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = method.project(optax.apply_updates(state.params, updates))
-    finite = optim.last_finite(opt_state)
+    finite = skips.last_finite(opt_state)
 
     def accept(new, old):
       return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -89,7 +89,7 @@ def make_train_step(
       "loss": sum(w * values[name] for name, w in weights.items()),
       **values,
       "grad_norm": optax.tree.norm(grads),
-      "skipped": optim.skipped(opt_state).astype(jnp.float32),
+      "skipped": skips.skipped(opt_state).astype(jnp.float32),
     }
     state = state.replace(
       step=state.step + 1,

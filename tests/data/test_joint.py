@@ -38,7 +38,7 @@ def both(jsonl_config, tmp_path):
 
 
 def opened(config):
-  streams = joint.open_streams(config)
+  streams = joint.open_streams(joint.configs(config))
   union = joint.union(streams)
   return streams, tokenizer_lib.get_tokenizer(config, union)
 
@@ -130,14 +130,14 @@ def test_one_tokenizer_reads_both(both):
   assert joint.examples_a_step(streams) == pytest.approx(0.6 * 8 + 0.4 * 4)
   names = joint.fingerprint(streams, tokenizer)
   both.clips.share = 0.25
-  others = joint.fingerprint(joint.open_streams(both), tokenizer)
+  others = joint.fingerprint(joint.open_streams(joint.configs(both)), tokenizer)
   differ = {key for key in names if names[key] != others[key]}
   assert differ == {"train_clips_share"}
 
 
 def test_without_clips_there_is_one_stream(both):
   both.clips.share = 0.0
-  (stream,) = joint.open_streams(both)
+  (stream,) = joint.open_streams(joint.configs(both))
   assert stream.config is both and stream.share == 1
   assert joint.union([stream]) is stream.source
   found, _ = take(both, 4)
@@ -155,7 +155,7 @@ def test_without_clips_there_is_one_stream(both):
 def test_impossible_clips(both, fields, says):
   both.clips.update(fields)
   with pytest.raises(UserError, match=f"^config.clips.*{says}"):
-    joint.open_streams(both)
+    joint.configs(both)
 
 
 def test_clips_need_pictures_beside_them_and_a_length(both):

@@ -57,6 +57,33 @@ def test_one_line_and_status_2(name, tmp_path):
   commands.assert_one_line(status, err, hint)
 
 
+def test_a_run_that_only_skips_updates_and_its_profile(tmp_path):
+  """The learning rate throws the parameters out of range at once."""
+  workdir = tmp_path / "run"
+  status, out, err = commands.run(
+    "main",
+    "--config=configs/clip.py:debug",
+    f"--workdir={workdir}",
+    *commands.SMALL,
+    *commands.no_evaluations("configs/clip.py:debug"),
+    "--config.optimizer.learning_rate=1e30",
+    "--config.optimizer.max_skipped=3",
+    "--config.profile=2:3",
+    cwd=tmp_path,
+  )
+  assert err.startswith("WARNING:absl:evaluations left out")
+  error = err.partition("\n")[2]
+  commands.assert_one_line(status, error, "at step 4: from step 2 on")
+  assert "the last good checkpoint is of step 2;" in error
+  lines = commands.lines(workdir)
+  assert [line["train/skipped"] for line in lines] == [0, 1, 2, 3]
+  names = {path.name for path in (workdir / "checkpoints").iterdir()}
+  assert names == {"2"}
+  assert f"xprof --logdir={workdir / 'profile'}" in out
+  (trace,) = workdir.glob("profile/plugins/profile/*/*.xplane.pb")
+  assert b"train" in trace.read_bytes()
+
+
 def test_a_jsonl_that_is_broken_at_a_line(tmp_path):
   good = json.dumps({"image": "a.png", "caption": "a"})
   source = _jsonl(tmp_path, good, '{"image": "b.png", "caption": ')

@@ -1,6 +1,7 @@
 """Whole runs of every config: what they leave, and that they resume."""
 
 import json
+import pathlib
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ from PIL import Image
 from tests.e2e import commands
 
 METHODS = ("clip", "coca", "sycoca")
+METRICS = pathlib.Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +58,32 @@ def test_a_run_leaves_what_it_promises(finished, method):
   lines = commands.lines(workdir)
   trained = [line for line in lines if "train/loss" in line]
   assert [line["step"] for line in trained] == [1, 2, 3, 4, 5, 6]
+  _assert_times(workdir)
   assert (workdir / "config.json").exists()
   assert list((workdir / "checkpoints").iterdir())
   pictures = {path.name for path in (workdir / "pictures").iterdir()}
   assert {"loss_curves.png", "heatmaps.png"} <= pictures
   assert ("reconstruction.png" in pictures) == (method == "sycoca")
+
+
+def _assert_times(workdir):
+  """Where the time went, by names that are documented, as all others are."""
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  lines = [line for line in map(json.loads, lines) if "train/loss" in line]
+  names = {k for line in lines for k in line if not k.startswith("eval")}
+  told = set(re.findall("`(t[a-z]+/[a-z0-9_]+)`", METRICS.read_text()))
+  assert {name for name in names if "/" in name} <= told
+  # A CPU's best is not known.
+  times = {name for name in names if name.startswith("time/")}
+  assert times == {n for n in told if n.startswith("time/")} - {"time/mfu"}
+  restarts = [i for i, x in enumerate(lines) if "time/restart_seconds" in x]
+  assert restarts == [0] and lines[0]["time/restart_seconds"] > 1
+  later = lines[1:]
+  assert all(line["time/model_tflops_per_second"] > 0 for line in later)
+  stalls = [line["time/checkpoint_stall"] for line in later]
+  assert stalls[0] == 0 and max(stalls) > 0  # steps 2 and 4 are saved
+  shares = [*stalls, *(line["time/goodput"] for line in later)]
+  assert all(0 <= share < 1 for share in shares)
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished, folder):

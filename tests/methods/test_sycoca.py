@@ -10,7 +10,7 @@ import pytest
 
 from tests import toys
 from tests.toys import LENGTH, PATCH, PATCHES
-from vlp_jax import optim, sharding, train_state, train_step
+from vlp_jax import optim, sharding, skips, train_state, train_step
 from vlp_jax.errors import UserError
 from vlp_jax.methods import sycoca
 from vlp_jax.ops import masking
@@ -156,7 +156,7 @@ def _steps(name, *overrides, count=3):
   overrides = ("optimizer.grad_clip=0.1", *overrides)
   config, method = toys.config(name, *overrides), toys.method(name, *overrides)
   inner, _ = optim.make_optimizer(config, 10, 2)
-  optimizer = optim.skip_nonfinite(optax.chain(toys.record_gradients(), inner))
+  optimizer = skips.skip_nonfinite(optax.chain(toys.record_gradients(), inner))
 
   def create():
     spec = train_state.batch_spec(config)

@@ -97,15 +97,20 @@ def configs(config: ConfigDict) -> list[tuple[str, float, ConfigDict]]:
   ]
 
 
-def open_streams(config: ConfigDict) -> list[Stream]:
+def open_streams(
+  parts: Sequence[tuple[str, float, ConfigDict]],
+) -> list[Stream]:
   """Opens what a run trains on.
 
+  Args:
+    parts: of `configs`.
+
   Raises:
-    UserError: if `config.clips` cannot be, or as `open_training`.
+    UserError: as `open_training`.
   """
   return [
     Stream(name, share, one, open_training(one.data))
-    for name, share, one in configs(config)
+    for name, share, one in parts
   ]
 
 

@@ -1,0 +1,97 @@
+"""Speed and what time is spent on, by a clock that passes when told."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from vlp_jax import chips, throughput
+
+
+class Clock:
+  """Time that passes when told."""
+
+  def __init__(self):
+    self.now = 100.0
+
+  def __call__(self):
+    return self.now
+
+
+def test_rates():
+  clock = Clock()
+  speed = throughput.Throughput(
+    8, model_flops=3e12, peak_flops=1e13, clock=clock, age=10.0
+  )
+
+  def step(wait, compute):
+    with speed.waiting():
+      clock.now += wait
+    clock.now += compute
+    speed.step()
+
+  step(1.0, 60.0)  # compiles
+  assert speed.rates() == {"time/restart_seconds": 71.0}
+  assert speed.seconds_per_step() is None
+  for _ in range(4):
+    step(0.5, 1.5)
+    with speed.paused("evaluating"):
+      clock.now += 100.0
+    with speed.paused("saving"):
+      clock.now += 17.75
+  # 10 s before the loop, 61 s of a first step, 4 of 119.75 s.
+  assert speed.rates() == {
+    "time/examples_per_second": 4.0,
+    "time/model_tflops_per_second": 1.5,
+    "time/mfu": 0.15,
+    "time/data_wait": 0.25,
+    "time/checkpoint_stall": 4 * 17.75 / (61 + 4 * 119.75),
+    "time/goodput": 8 / 550,
+  }
+  step(0.0, 1.0)
+  assert speed.rates() == {
+    "time/examples_per_second": 8.0,
+    "time/model_tflops_per_second": 3.0,
+    "time/mfu": 0.3,
+    "time/data_wait": 0.0,
+    "time/checkpoint_stall": 0.0,
+    "time/goodput": 9 / 551,
+  }
+  assert speed.seconds_per_step() == 9 / 5
+  assert speed.rates() == {}
+
+
+def test_utilisation_needs_a_known_chip():
+  clock = Clock()
+  speed = throughput.Throughput(8, 3e12, None, clock)
+  for _ in range(2):
+    clock.now += 1
+    speed.step()
+  assert "time/mfu" not in speed.rates()
+  assert chips.get("cpu") is None
+  assert chips.get("TPU v5 lite").flops == 197e12
+
+
+def test_chips_are_plausible():
+  """Whatever the unit of a data sheet was."""
+  for name, chip in chips.CHIPS.items():
+    assert 2e14 <= chip.flops * 1.02 <= 3e15, name
+    assert 15e9 < chip.memory < 250e9, name
+    assert 100 < chip.flops / chip.bandwidth < 650, name
+    assert chip.links in (4, 6, 12, 18) and 20e9 < chip.link <= 100e9, name
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="not Linux")
+def test_a_process_knows_its_age():
+  code = "from vlp_jax.throughput import process_age; print(process_age())"
+  begun = time.monotonic()
+  run = subprocess.run(
+    [sys.executable, "-c", f"import time; time.sleep(0.5); {code}"],
+    check=True,
+    capture_output=True,
+    text=True,
+  )
+  assert 0.45 < float(run.stdout) < time.monotonic() - begun + 0.05
+  assert throughput.process_age() > float(run.stdout)
