@@ -101,7 +101,7 @@ def make_train_step(
     )
     return state, metrics
 
-  return step
+  return sharding.on_mesh(step, mesh)
 
 
 def _total(

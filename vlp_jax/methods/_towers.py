@@ -77,7 +77,10 @@ def attention(config) -> str:
   """
   name, on = config.model.attention, attention_lib.platform()
   check("model.attention", name, attention_lib.KERNELS)
-  needs = {"cudnn": ("cuda", "an NVIDIA GPU from Ampere on")}
+  needs = {
+    "cudnn": ("cuda", "an NVIDIA GPU from Ampere on"),
+    "tpu": ("tpu", "a TPU"),
+  }
   if name in needs and on != needs[name][0]:
     raise UserError(
       f"config.model.attention={name} needs {needs[name][1]}, and this is a "

@@ -14,7 +14,7 @@ from vlp_jax.ops.masks import Mask, dense
 # Large enough to vanish in a softmax, finite so that a row with nothing to
 # attend to (an empty caption) gives numbers and not NaN.
 MASKED = -1e30
-KERNELS = ("auto", "xla", "cudnn")
+KERNELS = ("auto", "xla", "cudnn", "tpu")
 
 Through = Callable[[jax.Array], jax.Array]
 
@@ -48,6 +48,7 @@ def choose(
   kernel: str,
   on: str,
   q_BTNH: jax.Array,
+  k_BSNH: jax.Array,
   mask: Mask | jax.Array | None,
   *,
   through: bool,
@@ -59,6 +60,7 @@ def choose(
     kernel: what is asked for, of `KERNELS`.
     on: what `platform` returns.
     q_BTNH: the queries, or their shape and dtype.
+    k_BSNH: the keys, or theirs.
     mask: as for `attend`.
     through: whether the probabilities go through something.
     read: whether the probabilities are asked for.
@@ -67,6 +69,7 @@ def choose(
     Which kernel. What is asked for is XLA where another one cannot do it.
   """
   if kernel == "auto":
+    # The TPU's pays by XLA's estimates, but no TPU has run it.
     kernel = "cudnn" if on == "cuda" else "xla"
   if kernel == "xla":
     return Choice("xla", on)
@@ -76,12 +79,24 @@ def choose(
     return Choice("xla", "its probabilities are read")
   if mask is not None and not isinstance(mask, Mask):
     return Choice("xla", "its mask is more than causal or lengths")
+  fits = _tpu_problem if kernel == "tpu" else _cudnn_problem
+  problem = fits(q_BTNH, k_BSNH)
+  return Choice("xla", problem) if problem else Choice(kernel, on)
+
+
+def _cudnn_problem(q_BTNH: jax.Array, _) -> str:
   size, dtype = q_BTNH.shape[-1], jnp.dtype(q_BTNH.dtype)
   if dtype not in (jnp.bfloat16, jnp.float16):
-    return Choice("xla", f"cudnn takes no {dtype}")
+    return f"cudnn takes no {dtype}"
   if size % 8 or size > 128:
-    return Choice("xla", f"cudnn takes no heads of {size} channels")
-  return Choice(kernel, on)
+    return f"cudnn takes no heads of {size} channels"
+  return ""
+
+
+def _tpu_problem(q_BTNH: jax.Array, k_BSNH: jax.Array) -> str:
+  from vlp_jax.ops import tpu_attention  # Pallas takes long to import
+
+  return tpu_attention.problem(q_BTNH, k_BSNH)
 
 
 @contextlib.contextmanager
@@ -127,6 +142,7 @@ def attend(
     kernel,
     platform(),
     q_BTNH,
+    k_BSNH,
     mask,
     through=through is not None,
     read=read,
@@ -135,6 +151,10 @@ def attend(
     found[choice] = None
   if choice.kernel == "cudnn":
     return _cudnn(q_BTNH, k_BSNH, v_BSNH, mask or Mask()), None
+  if choice.kernel == "tpu":
+    from vlp_jax.ops import tpu_attention
+
+    return tpu_attention.attend(q_BTNH, k_BSNH, v_BSNH, mask or Mask()), None
   mask_BTS = dense(mask, k_BSNH.shape[1])
   scale = q_BTNH.shape[-1] ** -0.5
   s_BNTS = jnp.einsum(
@@ -156,20 +176,30 @@ def _cudnn(
 ) -> jax.Array:
   """Attends by cuDNN's flash attention, without a bias.
 
-  A bias, which an array as mask becomes, wants even T and S to train
-  (jax issue 28974). Where all keys are masked the first one is read.
+  Where all keys are masked the first one is read.
   """
-  lengths = mask.lengths
+  b, t = q_BTNH.shape[:2]
+  size, lengths = k_BSNH.shape[1], mask.lengths
+  if lengths is None and size % 2 and not mask.causal:
+    lengths = jnp.full((b,), size)  # hides the key that `_even` adds
   if lengths is not None:
-    lengths = jnp.clip(lengths, 1, k_BSNH.shape[1]).astype(jnp.int32)
-  return jax.nn.dot_product_attention(
-    q_BTNH,
-    k_BSNH,
-    v_BSNH,
+    lengths = jnp.clip(lengths, 1, size).astype(jnp.int32)
+  out = jax.nn.dot_product_attention(
+    *map(_even, (q_BTNH, k_BSNH, v_BSNH)),
     is_causal=mask.causal,
     key_value_seq_lengths=lengths,
     implementation="cudnn",
   )
+  return out[:, :t]
+
+
+def _even(x: jax.Array) -> jax.Array:
+  """Adds a token if their number is odd.
+
+  Gradients want even T and S where there is a bias, and jax (0.10 to 0.12)
+  takes the empty array that stands for none for one.
+  """
+  return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
 
 
 def attend_in_frames(
