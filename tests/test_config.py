@@ -15,7 +15,8 @@ from vlp_jax import config as config_lib
 def get_config(size="tiny"):
   c = config_lib.default_config()
   c.total_steps = 10
-  c.model = dict(image=dict(width=64, num_heads=4, patch_size=8),
+  c.model = dict(attention="auto",
+                 image=dict(width=64, num_heads=4, patch_size=8),
                  text=dict(width=64, num_heads=4, max_len=32))
   c.evals = dict(val=dict(type="retrieval", every_steps=100))
   c.update_from_flattened_dict(
@@ -231,6 +232,7 @@ def test_configs_of_before_a_field_was_there(file):
   for field in ("start_factor", "stairs", "warmup_stairs"):
     del older["schedule"][field]
   del older["profile"]
+  del older["model"]["attention"]
   again = config_lib.from_json(json.dumps(older))
   assert config_lib.diff(config, again) == []
   assert again.is_locked

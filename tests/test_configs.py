@@ -215,6 +215,7 @@ def _other(name, value):
     "activation": ("gelu", "relu2"),
     "remat": ("none", "full"),
     "dtype": ("bfloat16", "float32"),
+    "attention": ("auto", "xla"),
     "kind": ("attention", "cascade"),
     "loss": ("softmax", "sigmoid"),
     "itc_reduction": ("mean", "sum"),

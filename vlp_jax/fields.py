@@ -48,7 +48,8 @@ def default_config() -> ConfigDict:
         batch_size=0,  # 0 = as pictures
       ),
       tokenizer=dict(path="", vocab_size=512, max_len=32),
-      model=dict(),
+      # For runs that are older than it; the sizes say all of a model.
+      model=dict(attention="auto"),
       method=dict(name=""),
       optimizer=dict(
         name="adamw",

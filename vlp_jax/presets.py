@@ -33,6 +33,7 @@ def tiny(config: ConfigDict) -> None:
       scan=False,  # three layers compile fast either way; unrolled runs faster
       remat="none",
       dtype="auto",
+      attention="auto",  # or xla, or a kernel, of ops/attention.py
       vision=tower(
         96,
         3,
@@ -339,6 +340,7 @@ def at_scale(config: ConfigDict, *, image_size: int, patch_size: int) -> None:
       scan=True,
       remat="full",
       dtype="auto",
+      attention="auto",
       vision=tower(
         768,
         12,

@@ -178,6 +178,8 @@ def load(directory: str | os.PathLike) -> Pretrained:
   if not (directory / "config.json").is_file():
     raise UserError(f"no export in {directory}: it holds no config.json")
   config = config_lib.from_json((directory / "config.json").read_text())
+  # What suits this machine, not the one that trained.
+  config.model.attention = "auto"
   method = methods.get(config.method.name, config)
   abstract = train_state.abstract_params(method, config)
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -4,8 +4,10 @@ Modules name no mesh axes. A parameter's sharding follows from the end of its
 path; optimizer moments and averages have the same ends, so they follow too.
 """
 
+import functools
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -94,6 +96,20 @@ def with_shardings(abstract: Any, mesh: Mesh) -> Any:
     abstract,
     shardings_for(abstract, mesh),
   )
+
+
+def on_mesh(function: Callable, mesh: Mesh) -> Callable:
+  """Lets kernels that a function calls know the mesh, which XLA cannot split.
+
+  For a function that is to be jitted: modules name no mesh.
+  """
+
+  @functools.wraps(function)
+  def traced(*args, **kwargs):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return function(*args, **kwargs)
+
+  return traced
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -34,6 +34,7 @@ from vlp_jax.evaluators import base as evaluators_lib
 from vlp_jax.evaluators import pictures as pictures_lib
 from vlp_jax.methods import base as methods
 from vlp_jax.methods.base import Method, Params
+from vlp_jax.ops import attention
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
@@ -97,6 +98,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     for one in of_streams
   ]
   announce(method, state.params, streams, mesh, start, total_steps)
+  announce_attention(step_fns, state, streams, mesh)
 
   writer = metrics.Writer(workdir, start)
   examples = joint.examples_a_step(streams)
@@ -343,3 +345,26 @@ def announce(
     if start < total_steps
     else f"already trained for {total_steps:,} steps: evaluating"
   )
+
+
+def announce_attention(
+  step_fns: Sequence,
+  state: train_state.TrainState,
+  streams: Sequence[joint.Stream],
+  mesh,
+) -> None:
+  """Says what computes attention, and why, in a line for each answer.
+
+  It traces the steps, which are then not traced again.
+  """
+  rows = jax.NamedSharding(mesh, sharding.BATCH)
+  with attention.choices() as found:
+    for step_fn, stream in zip(step_fns, streams, strict=True):
+      spec = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
+        for name, x in train_state.batch_spec(stream.config).items()
+      }
+      step_fn.eval_shape(state, spec)
+  if jax.process_index() == 0:
+    for kernel, reason in found:
+      print(f"attention: {kernel} ({reason})")

@@ -100,7 +100,7 @@ def make_train_step(
     )
     return state, metrics
 
-  return step
+  return sharding.on_mesh(step, mesh)
 
 
 def jit_step(

@@ -29,6 +29,8 @@ def test_scl(scl):
   workdir, out = scl
   assert "pictures, 16 a step in 50% of the steps" in out
   assert "clips of 4 frames, 16 a step in 50% of the steps" in out
+  assert out.count("attention: ") == 1
+  assert "attention: xla (cpu)\n" in out
   expected = {
     *("eval/retrieval/i2t_r1", "eval/reranking/t2i_median_rank"),
     *("eval/alignment/local", "eval_comp/pointing/accuracy"),
@@ -46,6 +48,10 @@ def test_scl(scl):
 def test_an_export_reads_clips(scl, folder):
   status, _, err = commands.run("export", f"--workdir={scl[0]}", cwd=folder)
   assert status == 0, err
+  path = scl[0] / "export" / "config.json"
+  text = path.read_text()
+  assert '"attention": "auto"' in text
+  path.write_text(text.replace('"attention": "auto"', '"attention": "cudnn"'))
   model = vlp_jax.load(scl[0] / "export")
   draw = np.random.default_rng(0)
   frames = list(draw.integers(0, 256, (4, 60, 64, 3), dtype=np.uint8))

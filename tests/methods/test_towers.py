@@ -9,6 +9,7 @@ import pytest
 from tests import toys
 from vlp_jax.errors import UserError
 from vlp_jax.methods import base
+from vlp_jax.ops import attention
 
 METHODS = base.available()
 
@@ -31,6 +32,25 @@ def test_vision_sections_are_checked(name, item, message):
     items.append("model.stream.width=18")
   with pytest.raises(UserError, match=message):
     toys.method(name, *items)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+  ("kernel", "platform", "message"),
+  [
+    ("flash", "cpu", "is 'flash', not one of auto, xla, cudnn, tpu$"),
+    ("cudnn", "cpu", "needs an NVIDIA GPU .*, and this is a cpu: set it to"),
+    ("cudnn", "gpu", "needs an NVIDIA GPU .*, and this is a gpu: set it to"),
+    ("tpu", "cpu", "needs a TPU, and this is a cpu: set it to auto$"),
+    ("cudnn", "cuda", "needs config.model.dtype=bfloat16, not float32"),
+  ],
+)
+def test_attention_that_cannot_be(monkeypatch, name, kernel, platform, message):
+  monkeypatch.setattr(attention, "platform", lambda: platform)
+  items = (f"model.attention={kernel}", "model.dtype=float32")
+  with pytest.raises(UserError, match=message) as error:
+    toys.method(name, *items)
+  assert "\n" not in str(error.value)
 
 
 # --- Clips --------------------------------------------------------------------

@@ -36,6 +36,7 @@ from vlp_jax.models.visual_tokenizers import (
   PatchCodes,
   VisualTokenizer,
 )
+from vlp_jax.ops import attention as attention_lib
 
 VISUAL_TOKENIZERS = ("patches", "dalle", "pixels")
 
@@ -67,6 +68,32 @@ def dtype(config):
   return jnp.dtype(name)
 
 
+def attention(config) -> str:
+  """What computes attention, a name in `ops.attention.KERNELS`.
+
+  Raises:
+    UserError: if it cannot run here at all. Where it cannot do a single place,
+      XLA does, without a word: see `ops.attention.choose`.
+  """
+  name, on = config.model.attention, attention_lib.platform()
+  check("model.attention", name, attention_lib.KERNELS)
+  needs = {
+    "cudnn": ("cuda", "an NVIDIA GPU from Ampere on"),
+    "tpu": ("tpu", "a TPU"),
+  }
+  if name in needs and on != needs[name][0]:
+    raise UserError(
+      f"config.model.attention={name} needs {needs[name][1]}, and this is a "
+      f"{on}: set it to auto"
+    )
+  if name == "cudnn" and dtype(config) == jnp.float32:
+    raise UserError(
+      "config.model.attention=cudnn needs config.model.dtype=bfloat16, not "
+      "float32: set either to auto"
+    )
+  return name
+
+
 def transformer(config, tower, **fields) -> Transformer:
   """Builds a stack; `tower` is a section with width, depth, heads."""
   if tower.width % tower.num_heads:
@@ -84,6 +111,7 @@ def transformer(config, tower, **fields) -> Transformer:
     scan=config.model.scan,
     remat=config.model.remat,
     dtype=dtype(config),
+    attention=attention(config),
     **dict(activation=config.model.activation) | fields,
   )
 
@@ -159,6 +187,7 @@ def dual_encoder(config, *, bias: float | None = None, scale: float = 1 / 0.07):
       num_queries=model.pooler.num_queries,
       num_heads=model.pooler.num_heads,
       dtype=kind,
+      attention=attention(config),
     ),
     text_projection=TextProjection(model.embed_dim, kind),
     temperature=LogitScale(scale, bias),

@@ -92,11 +92,8 @@ class SyCoCaModule(Captioner):
     x = self.decoder_input(
       visible, table[order[:, hidden:]], table[order[:, :hidden]]
     )
-    context_mask = None
-    if tokens is not None:
-      context_mask = masks.valid(text_len, tokens.shape[1])
     decoder = self.image_decoder or self.decoder
-    x = decoder(x, tokens, context_mask=context_mask)
+    x = decoder(x, tokens, context_len=text_len)
     return self.pixels(x[:, visible.shape[1] :])
 
   def __call__(self, image, text, text_len) -> None:

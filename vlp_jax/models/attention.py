@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from vlp_jax.models.dense import DenseGeneral
 from vlp_jax.models.initializers import BlockInit
+from vlp_jax.ops import masks
 from vlp_jax.ops.attention import attend, attend_in_frames
 
 KeysValues = tuple[jax.Array, jax.Array]
@@ -21,18 +22,21 @@ class SelfAttention(nn.Module):
     inits: the stack's initializers.
     dropout: rate at which probabilities are dropped; see `Dropout`.
     dtype: of the matrix products.
+    kernel: what computes it, a name in `ops.attention.KERNELS`; where
+      probabilities are dropped or read it is XLA always.
   """
 
   num_heads: int
   inits: BlockInit
   dropout: float = 0.0
   dtype: Any = jnp.float32
+  kernel: str = "xla"
 
   @nn.compact
   def __call__(
     self,
     x: jax.Array,
-    mask: jax.Array | None = None,
+    mask: masks.Mask | jax.Array | None = None,
     cache: KeysValues | None = None,
     position: jax.Array | None = None,
   ) -> tuple[jax.Array, KeysValues | None]:
@@ -41,7 +45,7 @@ class SelfAttention(nn.Module):
     Args:
       x: `[B, T, D]`, or frames `[B, F, T, D]`, which take neither mask nor
         cache; see `attend_in_frames`.
-      mask: bool `[B or 1, T, T]`, True = attend.
+      mask: a `Mask`, or bool `[B or 1, T, T]`, True = attend.
       cache: when decoding, keys and values so far, each `[B, L, N, H]`; T is
         then 1, and `mask` is not used.
       position: int32 scalar, the place of the one token of `x` in the cache.
@@ -65,12 +69,15 @@ class SelfAttention(nn.Module):
         for old, new in zip(cache, (k, v), strict=True)
       )
       mask = (jnp.arange(k.shape[1]) <= position)[None, None]
-    drop = Dropout(self.dropout)
+    through = Dropout(self.dropout) if _drops(self) else None
+    read = self.is_mutable_collection("self_attention")
+    options = dict(through=through, read=read, kernel=self.kernel)
     if x.ndim == 4:
-      attended, probabilities = attend_in_frames(q, k, v, drop)
+      attended, probabilities = attend_in_frames(q, k, v, **options)
     else:
-      attended, probabilities = attend(q, k, v, mask, drop)
-    self.sow("self_attention", "map", probabilities)
+      attended, probabilities = attend(q, k, v, mask, **options)
+    if probabilities is not None:
+      self.sow("self_attention", "map", probabilities)
     return Out(self.inits, self.dtype, name="out")(attended), cache
 
 
@@ -84,6 +91,7 @@ class CrossAttention(nn.Module):
   inits: BlockInit
   dropout: float = 0.0
   dtype: Any = jnp.float32
+  kernel: str = "xla"
 
   def setup(self):
     heads = (self.num_heads, self.inits.width // self.num_heads)
@@ -107,30 +115,48 @@ class CrossAttention(nn.Module):
     return kv[:, :, 0], kv[:, :, 1]
 
   def __call__(
-    self, x: jax.Array, keys_values: KeysValues, mask: jax.Array | None = None
-  ) -> tuple[jax.Array, jax.Array]:
+    self,
+    x: jax.Array,
+    keys_values: KeysValues,
+    mask: masks.Mask | jax.Array | None = None,
+    read: bool = True,
+  ) -> tuple[jax.Array, jax.Array | None]:
     """Attends.
 
     Args:
       x: `[B, T, D]`.
       keys_values: what `project` returns.
-      mask: bool `[B or 1, T or 1, S]`, True = attend.
+      mask: a `Mask`, or bool `[B or 1, T or 1, S]`, True = attend.
+      read: whether the probabilities are asked for.
 
     Returns:
-      `[B, T, D]` and the probabilities `[B, N, T, S]`. To these is added what
-      the collection `perturbations` holds, where it is given, before they
-      weigh the values: a gradient with respect to it is one with respect to
-      them.
+      `[B, T, D]` and the probabilities `[B, N, T, S]`, or None where a kernel
+      does not make them. To these is added what the collection `perturbations`
+      holds, where it is given, before they weigh the values: a gradient with
+      respect to it is one with respect to them.
     """
+    perturbed = self.has_variable("perturbations", "attention_map")
 
     def through(probabilities):
       weights = self.drop(probabilities)
-      if self.has_variable("perturbations", "attention_map"):
+      if perturbed:
         weights += self.get_variable("perturbations", "attention_map")
       return weights
 
-    attended, probabilities = attend(self.q(x), *keys_values, mask, through)
+    attended, probabilities = attend(
+      self.q(x),
+      *keys_values,
+      mask,
+      through=through if perturbed or _drops(self) else None,
+      read=read,
+      kernel=self.kernel,
+    )
     return self.out(attended), probabilities
+
+
+def _drops(module: SelfAttention | CrossAttention) -> bool:
+  """Tells whether probabilities are dropped; see `Dropout`."""
+  return module.dropout > 0 and module.has_rng("dropout")
 
 
 class Dropout(nn.Module):

@@ -38,7 +38,7 @@ class CoBlock(nn.Module):
     self.image = Block(**self.fields)
 
   def __call__(
-    self, streams: Streams, text_mask: jax.Array
+    self, streams: Streams, text_mask: masks.Mask
   ) -> tuple[Streams, None]:
     """Maps text `[B, L, D]` and pictures `[B, S, D]`; for `lift`."""
     text, image = streams
@@ -83,7 +83,7 @@ class CoAttention(nn.Module):
       Text and pictures, of the shapes that they had.
     """
     types = self.types.astype(self.dtype)
-    mask = masks.valid(text_len, text.shape[1])[:, None]
+    mask = masks.Mask(text_len)
     return self.layers((text + types[0], image + types[1]), mask)[0]
 
   def pool(self, text: jax.Array, image: jax.Array) -> jax.Array:

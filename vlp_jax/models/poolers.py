@@ -25,12 +25,14 @@ class AttentionPool(nn.Module):
     num_heads: heads; must divide `width`.
     width: channels of queries and output.
     dtype: of the matrix products.
+    attention: what computes it, a name in `ops.attention.KERNELS`.
   """
 
   num_queries: int
   num_heads: int
   width: int
   dtype: Any = jnp.float32
+  attention: str = "xla"
 
   def setup(self):
     heads = (self.num_heads, self.width // self.num_heads)
@@ -50,12 +52,13 @@ class AttentionPool(nn.Module):
       dtype=self.dtype,
     )
 
-  def _attend(self, tokens: jax.Array):
+  def _attend(self, tokens: jax.Array, read: bool = False):
     tokens = self.token_norm(tokens)
     q = self.q(self.query_norm(self.query)[None])
     q = jnp.broadcast_to(q, (tokens.shape[0], *q.shape[1:]))
     v = self.v(tokens)
-    return *attend(q, self.k(tokens), v), v
+    k = self.k(tokens)
+    return *attend(q, k, v, read=read, kernel=self.attention), v
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """Pools `[B, N, C]` to `[B, Q, width]`."""
@@ -75,7 +78,7 @@ class AttentionPool(nn.Module):
     Returns:
       `[B, N, width]`; the sum over N, plus the output's bias, is the output.
     """
-    _, probabilities, v = self._attend(tokens)
+    _, probabilities, v = self._attend(tokens, read=True)
     weighted = probabilities[:, :, 0].swapaxes(1, 2)[..., None] * v
     return self.out(weighted) - self.out(jnp.zeros_like(weighted[:1, :1]))
 
@@ -98,6 +101,7 @@ class ImagePool(nn.Module):
     num_queries: of the generative pooler, where there is one.
     num_heads: of each pooler.
     dtype: of the matrix products.
+    attention: of each pooler.
   """
 
   kind: str
@@ -106,13 +110,16 @@ class ImagePool(nn.Module):
   num_queries: int = 256
   num_heads: int = 8
   dtype: Any = jnp.float32
+  attention: str = "xla"
 
   def setup(self):
     if self.kind not in KINDS:
       raise ValueError(f"pooler {self.kind!r} is none of {KINDS}")
 
     def pool(num_queries):
-      return AttentionPool(num_queries, self.num_heads, self.width, self.dtype)
+      return AttentionPool(
+        num_queries, self.num_heads, self.width, self.dtype, self.attention
+      )
 
     self.norm = layer_norm(dtype=self.dtype)
     if self.kind in ("openclip", "parallel", "cascade"):

@@ -39,7 +39,7 @@ class Stream(nn.Module):
     context: jax.Array | None,
     *,
     causal: bool = False,
-    context_mask: jax.Array | None = None,
+    context_len: jax.Array | None = None,
   ) -> jax.Array:
     """Runs one modality through the stack, given the other.
 
@@ -47,14 +47,13 @@ class Stream(nn.Module):
       x: `[B, T, D]`.
       context: `[B, S, D]` of the other modality; None leaves it out.
       causal: whether token t sees only the tokens up to t.
-      context_mask: bool `[B, S]`, True = attend.
+      context_len: int32 `[B]`, the real tokens of a context; None: all.
 
     Returns:
       `[B, T, D]`, after the final norm.
     """
-    mask = masks.causal(x.shape[1]) if causal else None
-    if context_mask is not None:
-      context_mask = context_mask[:, None]
+    mask = masks.Mask(causal=True) if causal else None
+    context_mask = None if context_len is None else masks.Mask(context_len)
     return self.norm(self.transformer(x, mask, context, context_mask))
 
   def decode(
@@ -93,7 +92,8 @@ class SingleStream(BertEmbeddings):
 
   def read(self, x: jax.Array, text_len: jax.Array) -> jax.Array:
     """Text alone: `[B, L, D]` of `embed` to `[B, L, D]`."""
-    return (self.text_transformer or self.transformer)(x, _text(x, text_len))
+    stack = self.text_transformer or self.transformer
+    return stack(x, masks.Mask(text_len))
 
   def project(self, context: jax.Array) -> KeysValues:
     """Keys and values of a context `[B, S, C]`, in every layer."""
@@ -119,7 +119,7 @@ class SingleStream(BertEmbeddings):
       `[M, L, D]`.
     """
     return self.transformer(
-      x, _text(x, text_len), keys_values=keys_values, rows=rows
+      x, masks.Mask(text_len), keys_values=keys_values, rows=rows
     )
 
   def image_given_text(
@@ -136,7 +136,7 @@ class SingleStream(BertEmbeddings):
     Returns:
       `[B, S, D]`.
     """
-    mask = masks.valid(text_len, x.shape[1])[:, None]
+    mask = masks.Mask(text_len)
     return self.transformer(self._place(patches), None, x, mask)
 
   def token_logits(self, x: jax.Array) -> jax.Array:
@@ -145,8 +145,3 @@ class SingleStream(BertEmbeddings):
 
   def _place(self, x: jax.Array) -> jax.Array:
     return self.drop(self.norm(x + self.pos[: x.shape[1]].astype(x.dtype)))
-
-
-def _text(x: jax.Array, text_len: jax.Array) -> jax.Array:
-  """Every token attends to all real ones: bool `[B, 1, L]`."""
-  return masks.valid(text_len, x.shape[1])[:, None]

@@ -74,7 +74,7 @@ class TextTower(nn.Module):
       )
       x = self.transformer(jnp.concatenate([x, cls], axis=1), mask)
       return x[:, -1], x[:, :-1]
-    x = self.transformer(x, masks.causal(length))
+    x = self.transformer(x, masks.Mask(causal=True))
     # An empty row (padding of the batch) has no last token: take the first.
     last = jnp.maximum(text_len - 1, 0)
     return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0], x
@@ -149,4 +149,4 @@ class BidirectionalText(BertEmbeddings):
     real = masks.valid(text_len, length)
     pos = jnp.where(real[..., None], self.pos[2 : 2 + length], self.pos[1])
     x = self.embedding(text) + (pos + self.type).astype(self.dtype)
-    return self.transformer(self.drop(self.norm(x)), real[:, None])
+    return self.transformer(self.drop(self.norm(x)), masks.Mask(text_len))

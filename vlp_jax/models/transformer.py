@@ -15,6 +15,7 @@ from vlp_jax.models.attention import (
 )
 from vlp_jax.models.dense import Dense
 from vlp_jax.models.initializers import BlockInit
+from vlp_jax.ops import masks
 
 
 @jax.custom_jvp
@@ -131,6 +132,7 @@ class Block(nn.Module):
     epsilon: of the norms.
     dropout: rate, on every branch and on attention's probabilities.
     dtype: of the matrix products.
+    attention: what computes it, a name in `ops.attention.KERNELS`.
   """
 
   num_heads: int
@@ -143,6 +145,7 @@ class Block(nn.Module):
   epsilon: float = 1e-5
   dropout: float = 0.0
   dtype: Any = jnp.float32
+  attention: str = "xla"
 
   def setup(self):
     def norm():
@@ -152,13 +155,19 @@ class Block(nn.Module):
       return MLP(self.mlp_dim, self.activation, self.inits, self.dtype)
 
     self.self_norm = norm()
-    attention = (self.num_heads, self.inits, self.dropout, self.dtype)
-    self.self_attention = SelfAttention(*attention)
+    attention = dict(
+      num_heads=self.num_heads,
+      inits=self.inits,
+      dropout=self.dropout,
+      dtype=self.dtype,
+      kernel=self.attention,
+    )
+    self.self_attention = SelfAttention(**attention)
     if self.cross:
       self.cross_norm = norm()
       if not self.post_norm:
         self.context_norm = norm()
-      self.cross_attention = CrossAttention(*attention)
+      self.cross_attention = CrossAttention(**attention)
       if self.cross_mlp:
         self.self_mlp_norm = norm()
         self.self_mlp = mlp()
@@ -175,9 +184,9 @@ class Block(nn.Module):
   def __call__(
     self,
     x: jax.Array,
-    mask: jax.Array | None,
+    mask: masks.Mask | jax.Array | None,
     context: jax.Array | None,
-    context_mask: jax.Array | None,
+    context_mask: masks.Mask | jax.Array | None,
     position: jax.Array | None,
     cache: KeysValues | None,
     keys_values: KeysValues | None,
@@ -196,9 +205,13 @@ class Block(nn.Module):
 
     def attend_to_context(x):
       attended, probabilities = self.cross_attention(
-        x, keys_values, context_mask
+        x,
+        keys_values,
+        context_mask,
+        read=self.is_mutable_collection("intermediates"),
       )
-      self.sow("intermediates", "attention_map", probabilities)
+      if probabilities is not None:
+        self.sow("intermediates", "attention_map", probabilities)
       return attended
 
     x = add(self.self_norm, attend_to_itself)
@@ -234,6 +247,7 @@ class Transformer(nn.Module):
     remat: recompute activations in the backward pass: `none`, or a name in
       `REMAT_POLICIES`.
     dtype: of the matrix products.
+    attention: see `Block`.
   """
 
   width: int
@@ -250,6 +264,7 @@ class Transformer(nn.Module):
   scan: bool = True
   remat: str = "none"
   dtype: Any = jnp.float32
+  attention: str = "xla"
 
   def setup(self):
     if self.width % self.num_heads:
@@ -263,9 +278,9 @@ class Transformer(nn.Module):
   def __call__(
     self,
     x: jax.Array,
-    mask: jax.Array | None = None,
+    mask: masks.Mask | jax.Array | None = None,
     context: jax.Array | None = None,
-    context_mask: jax.Array | None = None,
+    context_mask: masks.Mask | jax.Array | None = None,
     keys_values: KeysValues | None = None,
     rows: jax.Array | None = None,
   ) -> jax.Array:
@@ -274,9 +289,10 @@ class Transformer(nn.Module):
     Args:
       x: `[B, T, D]`; or `[B, F, T, D]`, frames that attend as
         `ops.attention.attend_in_frames` says, without a mask or a context.
-      mask: bool `[B or 1, T, T]`, True = attend; None attends everywhere.
+      mask: a `Mask`, which fused kernels can take, or bool `[B or 1, T, T]`,
+        True = attend; None attends everywhere.
       context: `[B, S, D]`; None skips the cross-attention of every block.
-      context_mask: bool `[B or 1, T or 1, S]`.
+      context_mask: the same, or bool `[B or 1, T or 1, S]`.
       keys_values: what `project` returned for a context, instead of it.
       rows: which row of `keys_values` each row of `x` attends to; see
         `take_rows`.
@@ -366,4 +382,5 @@ def block_fields(stack: Transformer) -> dict[str, Any]:
     epsilon=stack.epsilon,
     dropout=stack.dropout,
     dtype=stack.dtype,
+    attention=stack.attention,
   )

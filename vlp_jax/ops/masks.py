@@ -1,7 +1,38 @@
 """Attention masks. One convention everywhere: True = attend, or keep."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+  """A mask by what it means; fused kernels take it without an array.
+
+  Attributes:
+    lengths: int32 `[B]`: nothing attends to keys from there on; None has no
+      such keys. Where nothing is left to attend to, the output means nothing.
+    causal: whether token t attends to the tokens 0 to t only.
+  """
+
+  lengths: jax.Array | None = None
+  causal: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+def dense(mask: Mask | jax.Array | None, size: int) -> jax.Array | None:
+  """Returns a mask of `size` keys as an array, bool `[B or 1, T or 1, S]`.
+
+  What is an array, or None (everything is attended to), stays what it is.
+  """
+  if not isinstance(mask, Mask):
+    return mask
+  parts = [causal(size)] if mask.causal else []
+  if mask.lengths is not None:
+    parts.append(valid(mask.lengths, size)[:, None])
+  return functools.reduce(jnp.logical_and, parts) if parts else None
 
 
 def valid(length: jax.Array, size: int) -> jax.Array:

@@ -1,0 +1,351 @@
+"""Fused attention: against NumPy, where it is chosen, loops, meshes.
+
+The TPU's kernel is interpreted; cuDNN's runs where there is a GPU for it, and
+elsewhere is only lowered, with its version made up.
+"""
+
+import functools
+import re
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax.experimental import pallas as pl
+
+from tests import toys
+from vlp_jax import sharding
+from vlp_jax.models.transformer import Transformer
+from vlp_jax.ops import attention, masks, tpu_attention
+
+B, N, H = 2, 2, 8
+LENGTHS = np.array([2, 6], np.int32)
+# Of T queries and S keys.
+CASES = {
+  "all": (5, 5, masks.Mask()),
+  "causal": (5, 5, masks.Mask(causal=True)),
+  "lengths": (3, 7, masks.Mask(LENGTHS)),
+  "both": (7, 7, masks.Mask(LENGTHS, causal=True)),
+}
+TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+@pytest.fixture
+def interpreted():
+  """Runs kernels of TPUs on a CPU."""
+  call = functools.partial(pl.pallas_call, interpret=True)
+  with mock.patch.object(pl, "pallas_call", call):
+    yield
+
+
+def on_mesh(function, *shape):
+  devices = jax.devices()[: np.prod(shape)]
+  return sharding.on_mesh(function, sharding.make_mesh(shape, devices))
+
+
+def draw(*shape, seed):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def inputs(t, s, dtype, leading=(B,)):
+  """Queries, keys, values, and the output's gradient; and as NumPy."""
+  sizes = (t, s, s, t)
+  made = [draw(*leading, x, N, H, seed=i) for i, x in enumerate(sizes)]
+  made = [jnp.asarray(x, dtype) for x in made]
+  return made, [np.asarray(x, np.float64) for x in made]
+
+
+def reference(q, k, v, g, mask):
+  """Output and gradients, by hand."""
+  t, s = q.shape[1], k.shape[1]
+  seen = np.ones((B, t, s), bool)
+  if mask.causal:
+    seen &= np.arange(s) <= np.arange(t)[:, None]
+  if mask.lengths is not None:
+    seen &= np.arange(s) < mask.lengths[:, None, None]
+  scores = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(H)
+  e = np.where(seen[:, None], np.exp(scores), 0)
+  p = e / e.sum(axis=-1, keepdims=True)
+  dp = np.einsum("btnh,bsnh->bnts", g, v)
+  ds = p * (dp - (p * dp).sum(axis=-1, keepdims=True)) / np.sqrt(H)
+  return (
+    np.einsum("bnts,bsnh->btnh", p, v),
+    np.einsum("bnts,bsnh->btnh", ds, k),
+    np.einsum("bnts,btnh->bsnh", ds, q),
+    np.einsum("bnts,btnh->bsnh", p, g),
+  )
+
+
+def run(kernel, q, k, v, g, mask):
+  """Output and gradients, by a kernel that has to be the one chosen."""
+
+  def both(q, k, v, g):
+    out, pull = jax.vjp(
+      lambda *x: attention.attend(*x, mask, read=False, kernel=kernel)[0],
+      *(q, k, v),
+    )
+    return out, *pull(g)
+
+  with attention.choices() as found:
+    values = toys.jit(on_mesh(both, 1, 1, 1))(q, k, v, g)
+  assert {choice.kernel for choice in found} == {kernel}
+  return values
+
+
+def assert_equals_reference(kernel, case, dtype):
+  t, s, mask = CASES[case]
+  made, exact = inputs(t, s, dtype)
+  got = run(kernel, *made, mask)
+  assert all(x.dtype == dtype for x in got)
+  for x, y in zip(got, reference(*exact, mask), strict=True):
+    x, tolerance = np.asarray(x, np.float64), TOLERANCES[dtype]
+    np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+  ("case", "dtype"),
+  [*((case, "float32") for case in CASES), ("both", "bfloat16")],
+)
+@pytest.mark.parametrize("kernel", ["xla", "tpu"])
+def test_output_and_gradients(interpreted, kernel, case, dtype):
+  assert_equals_reference(kernel, case, dtype)
+
+
+@pytest.mark.skipif(
+  attention.platform() != "cuda", reason="needs an NVIDIA GPU from Ampere on"
+)
+@pytest.mark.parametrize("case", CASES)
+def test_cudnn(case):
+  assert_equals_reference("cudnn", case, "bfloat16")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_cudnn_is_asked_for(case):
+  """Numbers of tokens are made even; XLA computes what it would."""
+  function, asked = jax.nn.dot_product_attention, []
+
+  def by_xla(q, k, v, implementation, **options):
+    asked.append((implementation, q.shape[1] % 2, k.shape[1] % 2))
+    return function(q, k, v, implementation="xla", **options)
+
+  with mock.patch.object(jax.nn, "dot_product_attention", by_xla):
+    assert_equals_reference("cudnn", case, "bfloat16")
+  assert set(asked) == {("cudnn", 0, 0)}
+
+
+def test_nothing_to_attend_to_is_the_same_everywhere(interpreted):
+  made, _ = inputs(3, 4, "float32")
+  mask = masks.Mask(np.array([0, 4]))
+  want, got = (run(kernel, *made, mask) for kernel in ("xla", "tpu"))
+  np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-6)
+  assert all(np.isfinite(x).all() for x in got)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cudnn_gets_no_bias(case):
+  """So that odd numbers of tokens can train."""
+  t, s, mask = CASES[case]
+  made, _ = inputs(t, s, "bfloat16")
+
+  def gradients(q, k, v, g):
+    def attend(*x):
+      return attention.attend(*x, mask, read=False, kernel="cudnn")[0]
+
+    return jax.vjp(attend, q, k, v)[1](g)
+
+  with mock.patch.object(cudnn, "check_cudnn_version", lambda: 91000):
+    traced = jax.jit(gradients).trace(*made)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert "__cudnn$fmhaSoftmax" in text
+  assert "__cudnn$fmhaSoftmaxBackward" in text
+  assert "Bias" not in text
+  kinds = {"causal": "CAUSAL", "both": "PADDING_CAUSAL"}
+  text = text.replace(r"\22", '"')
+  (kind,) = set(re.findall('"mask_type": "([A-Z_]+)"', text))
+  assert kind == kinds.get(case, "PADDING")  # one key is added to odd numbers
+
+
+@pytest.mark.parametrize("kernel", ["xla", "tpu"])
+def test_frames(interpreted, kernel):
+  f, t = 3, 4
+  (q, k, v, _), (q64, k64, v64, _) = inputs(t, t, "float32", (B, f))
+  function = functools.partial(
+    attention.attend_in_frames, read=False, kernel=kernel
+  )
+  got, probabilities = toys.jit(on_mesh(function, 1, 1, 1))(q, k, v)
+  assert (probabilities is None) == (kernel == "tpu")
+
+  def flat(x):
+    return x.reshape(B, f * t, N, H)
+
+  place = np.arange(f * t)
+  same = place[:, None] // t == place // t
+  seen = same | (place % t == 0)[:, None]
+  scores = np.einsum("btnh,bsnh->bnts", flat(q64), flat(k64)) / np.sqrt(H)
+  e = np.where(seen, np.exp(scores), 0)
+  p = e / e.sum(axis=-1, keepdims=True)
+  want = np.einsum("bnts,bsnh->btnh", p, flat(v64)).reshape(got.shape)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+# --- The choice ---------------------------------------------------------------
+
+READ, THROUGH = dict(read=True), dict(through=True)
+ARRAY = dict(mask=np.ones((1, 5, 5), bool))
+# What is asked for, where, what is special about the place; kernel and reason.
+CHOICES = [
+  ("auto", "cpu", {}, "xla", "cpu"),
+  ("auto", "tpu", {}, "xla", "tpu"),
+  ("auto", "gpu", {}, "xla", "gpu"),
+  ("auto", "cuda", {}, "cudnn", "cuda"),
+  ("auto", "cuda", dict(mask=masks.Mask(LENGTHS, True)), "cudnn", "cuda"),
+  ("auto", "cuda", dict(dtype="float16"), "cudnn", "cuda"),
+  ("auto", "cuda", dict(dtype="float32"), "xla", "cudnn takes no float32"),
+  ("auto", "cuda", dict(h=12), "xla", "cudnn takes no heads of 12 channels"),
+  ("auto", "cuda", dict(h=136), "xla", "cudnn takes no heads of 136 channels"),
+  ("auto", "cuda", READ, "xla", "its probabilities are read"),
+  (
+    "auto",
+    "cuda",
+    THROUGH,
+    "xla",
+    "its probabilities are dropped or perturbed",
+  ),
+  ("auto", "cuda", ARRAY, "xla", "its mask is more than causal or lengths"),
+  ("xla", "cuda", {}, "xla", "cuda"),
+  ("cudnn", "cuda", READ, "xla", "its probabilities are read"),
+  ("tpu", "tpu", {}, "tpu", "tpu"),
+  ("tpu", "tpu", dict(dtype="float32", h=12), "tpu", "tpu"),
+  ("tpu", "tpu", ARRAY, "xla", "its mask is more than causal or lengths"),
+  ("tpu", "tpu", dict(t=1025), "xla", "tpu takes no 1025 x 1025 scores"),
+  ("tpu", "tpu", dict(n=3), "xla", "the mesh does not divide 4 examples and 3"),
+  ("tpu", "tpu", dict(b=3), "xla", "the mesh does not divide 3 examples and 2"),
+]
+
+
+@pytest.mark.parametrize(("asked", "on", "place", "kernel", "reason"), CHOICES)
+def test_choices(asked, on, place, kernel, reason):
+  place = dict(b=4, t=5, n=2, h=64, dtype="bfloat16") | place
+  shape = [place.pop(x) for x in "btnh"]
+  q = jax.ShapeDtypeStruct(shape, place.pop("dtype"))
+  place = dict(mask=None, through=False, read=False) | place
+  with jax.sharding.use_abstract_mesh(
+    jax.sharding.AbstractMesh((2, 1, 2), sharding.AXES)
+  ):
+    found = attention.choose(asked, on, q, q, **place)
+  assert found.kernel == kernel
+  assert found.reason.startswith(reason)
+
+
+def test_without_a_mesh_several_devices_do_without_the_kernel():
+  q = jax.ShapeDtypeStruct((4, 5, 2, 64), "bfloat16")
+  assert jax.device_count() > 1
+  assert "mesh" in tpu_attention.problem(q, q)
+
+
+@pytest.mark.parametrize(
+  ("version", "capability", "name"),
+  [
+    ("cuda 12", "8.0", "cuda"),
+    ("cuda 12", "7.5", "gpu"),
+    ("rocm 6", "", "gpu"),
+  ],
+)
+def test_platforms(version, capability, name):
+  backend = mock.Mock(platform_version=f"PJRT C API\n{version}")
+  device = mock.Mock(compute_capability=capability)
+  with (
+    mock.patch.object(jax, "default_backend", lambda: "gpu"),
+    mock.patch.object(jax.extend.backend, "get_backend", lambda: backend),
+    mock.patch.object(jax, "local_devices", lambda: [device]),
+  ):
+    assert attention.platform() == name
+  assert attention.platform() == jax.default_backend()
+
+
+# --- In a stack ---------------------------------------------------------------
+
+STACK = dict(width=16, depth=2, num_heads=2, cross=True)
+X, CONTEXT = draw(4, 5, 16, seed=5), draw(4, 3, 16, seed=6)
+MASKS = masks.Mask(causal=True), masks.Mask(np.array([1, 3, 2, 3]))
+
+
+@functools.cache
+def params():
+  init = functools.partial(Transformer(**STACK).init, context=CONTEXT)
+  return toys.random_like(jax.eval_shape(init, jax.random.key(0), X)["params"])
+
+
+def stack_values(shape, **fields):
+  """The value and the gradients of a stack, on a mesh."""
+  stack = Transformer(**STACK, **fields)
+
+  def loss(params, x):
+    out = stack.apply({"params": params}, x, MASKS[0], CONTEXT, MASKS[1])
+    return jnp.sum(jnp.sin(out))
+
+  mesh = sharding.make_mesh(shape, jax.devices()[: np.prod(shape)])
+  x = jax.device_put(X, jax.NamedSharding(mesh, sharding.BATCH))
+  function = sharding.on_mesh(jax.value_and_grad(loss, (0, 1)), mesh)
+  made = params()
+  with attention.choices() as found:
+    values = toys.jit(function)(made, x)
+  assert {x.kernel for x in found} == {fields.get("attention", "xla")}
+  return values
+
+
+@functools.cache
+def stack_by_xla():
+  return stack_values((1, 1, 1))
+
+
+@pytest.mark.parametrize(
+  ("shape", "scan", "remat"),
+  [
+    ((2, 1, 1), True, "full"),
+    ((1, 1, 2), False, "dots"),
+  ],
+)
+def test_loops_recomputing_and_meshes(interpreted, shape, scan, remat):
+  got = stack_values(shape, scan=scan, remat=remat, attention="tpu")
+  for x, y in zip(*map(jax.tree.leaves, (got, stack_by_xla())), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("dropout", "rngs", "mutable", "reasons"),
+  [
+    (0.0, True, [], ["cpu"]),
+    (0.5, False, [], ["cpu"]),
+    (0.5, True, [], ["its probabilities are dropped or perturbed"]),
+    (0.0, False, ["intermediates"], ["cpu", "its probabilities are read"]),
+    (0.0, False, ["self_attention"], ["its probabilities are read", "cpu"]),
+  ],
+)
+def test_who_needs_probabilities_gets_them(dropout, rngs, mutable, reasons):
+  stack = Transformer(**STACK, dropout=dropout, attention="tpu")
+  apply = functools.partial(
+    stack.apply,
+    {"params": params()},
+    context=CONTEXT,
+    rngs={"dropout": jax.random.key(0)} if rngs else {},
+    mutable=mutable,
+  )
+  with attention.choices() as found:
+    _, sown = jax.eval_shape(on_mesh(apply, 1, 1, 1), X)
+  assert [choice.reason for choice in found] == reasons
+  assert list(sown) == mutable
+
+
+def test_masks_become_arrays():
+  lengths = np.array([0, 2, 3])
+  both = masks.dense(masks.Mask(lengths, causal=True), 3)
+  np.testing.assert_array_equal(
+    both,
+    np.tril(np.ones((3, 3), bool)) & (np.arange(3) < lengths[:, None, None]),
+  )
+  assert masks.dense(masks.Mask(lengths), 3).shape == (3, 1, 3)
+  assert masks.dense(masks.Mask(), 3) is None
+  assert masks.dense(None, 3) is None
