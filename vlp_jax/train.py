@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import signal
-import threading
 import time
 from collections.abc import Sequence
 
@@ -14,7 +12,15 @@ import jax
 from ml_collections import ConfigDict
 
 from vlp_jax import checkpoint as checkpoint_lib
-from vlp_jax import command, metrics, optim, sharding, train_state, train_step
+from vlp_jax import (
+  command,
+  hosts,
+  metrics,
+  optim,
+  sharding,
+  train_state,
+  train_step,
+)
 from vlp_jax import config as config_lib
 from vlp_jax.data import joint, pipeline
 from vlp_jax.data import tokenizer as tokenizer_lib
@@ -142,7 +148,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
   results: dict[str, float] = {}
   compiled: set[int] = set()
   with contextlib.ExitStack() as stack:
-    preemption = stack.enter_context(Preemption())
+    preemption = stack.enter_context(hosts.Preemption())
     # However it ends, a save that is under way gets to the disk first.
     stack.enter_context(contextlib.closing(checkpoints))
     stack.enter_context(contextlib.closing(batches))
@@ -159,7 +165,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
       name = streams[number].name
       pending = step, name, values | {"bad_records": batches.bad_records[name]}
       due = due_evaluators(config, evaluators, step, total_steps)
-      stopping = preemption.requested and step < total_steps
+      stopping = preemption.reached(step - start) and step < total_steps
       saving = stopping or is_due(
         step, config.checkpoint.every_steps, total_steps
       )
@@ -211,27 +217,6 @@ def build_methods(config: ConfigDict) -> list[Method]:
     config_lib.validate(one, jax.device_count(), method.match_group)
     found.append(method)
   return found
-
-
-class Preemption:
-  """Notes SIGTERM, so that the loop can stop between two steps."""
-
-  def __init__(self):
-    self.requested = False
-
-  def __enter__(self) -> Preemption:
-    # Signals belong to the main thread; a run inside another goes without.
-    self._main = threading.current_thread() is threading.main_thread()
-    if self._main:
-      self._previous = signal.signal(signal.SIGTERM, self._note)
-    return self
-
-  def __exit__(self, *_) -> None:
-    if self._main:
-      signal.signal(signal.SIGTERM, self._previous)
-
-  def _note(self, *_) -> None:
-    self.requested = True
 
 
 def is_due(step: int, every_steps: int, total_steps: int) -> bool:
