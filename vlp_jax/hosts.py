@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -240,20 +240,61 @@ def check_same(facts: Mapping[str, Any]) -> None:
       )
 
 
-def total(counts: Mapping[str, int], block: int) -> dict[str, int]:
+def total(
+  counts: Mapping[str, float], blocks: Sequence[int]
+) -> dict[str, float]:
   """Adds up what hosts have counted; every host calls it.
 
   Args:
-    counts: of this host's rows of the batches, by name.
-    block: which rows these are; hosts with the same rows count once.
+    counts: whole numbers, of this host's rows of the batches, by name.
+    blocks: which rows these are, see `sharding.host_blocks`; hosts with the
+      same ones count once.
   """
   if jax.process_count() == 1:
     return dict(counts)
-  row = np.asarray([block, *counts.values()], np.int64).astype(np.int32)
-  rows = multihost_utils.process_allgather(row)
-  blocks = {int(block): found for block, *found in rows.tolist()}
-  sums = np.sum(list(blocks.values()), axis=0, dtype=np.int64)
-  return dict(zip(counts, map(int, sums), strict=True))
+  row = np.asarray([blocks[0], *counts.values()], np.int32)
+  rows = multihost_utils.process_allgather(row)  # [P, 1 + counts]
+  found = {first: numbers for first, *numbers in rows.tolist()}
+  sums = map(sum, zip(*found.values(), strict=True))
+  return dict(zip(counts, sums, strict=True))
+
+
+def share(
+  counts: Mapping[str, int], blocks: Sequence[int], num_blocks: int
+) -> dict[str, int]:
+  """Deals out what `total` added up, evenly, to any number of hosts.
+
+  Args:
+    counts: whole numbers, by name.
+    blocks: this host's, of `num_blocks`.
+    num_blocks: among all hosts.
+  """
+  return {
+    name: sum((count + num_blocks - 1 - b) // num_blocks for b in blocks)
+    for name, count in counts.items()
+  }
+
+
+def put(tree: Any, shardings: Any) -> Any:
+  """Lays a tree over the mesh of all hosts.
+
+  Args:
+    tree: arrays on the mesh stay; others are those that the first host has
+      made, so that all start from the same bits.
+    shardings: in the structure of the tree.
+  """
+  if jax.process_count() == 1:
+    return jax.device_put(tree, shardings)
+
+  def lay(array, sharding):
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+      return array
+    array = multihost_utils.broadcast_one_to_all(np.asarray(array))
+    return jax.make_array_from_callback(
+      array.shape, sharding, lambda index: array[index]
+    )
+
+  return jax.tree.map(lay, tree, shardings)
 
 
 def is_loss(error: BaseException) -> bool:

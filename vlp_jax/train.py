@@ -78,6 +78,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
 
   abstract = jax.eval_shape(create)
   shardings = sharding.shardings_for(abstract, mesh)
+  blocks, num_blocks = sharding.host_blocks(mesh)
   checkpoints = checkpoint_lib.Checkpointer(
     workdir / "checkpoints",
     keep=config.checkpoint.keep,
@@ -85,7 +86,11 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
   )
   fingerprint = joint.fingerprint(streams, tokenizer)
   fingerprint["accumulate"] = config.accumulate
-  if checkpoints.latest_step() is None:
+  last = checkpoints.latest_step()
+  hosts.check_same(
+    {"config": config.to_json(), "data": fingerprint, "checkpoint": last}
+  )
+  if last is None:
     state, meta = jax.jit(create, out_shardings=shardings)(), {}
     pictures = functools.partial(pipeline.pictures, source, config)
     state = train_state.start(method, state, shardings, pictures)
@@ -117,9 +122,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     streams,
     tokenizer,
     start_step=start,
-    bad_records=meta.get("bad_records", {}),
-    host=jax.process_index(),
-    num_hosts=jax.process_count(),
+    bad_records=hosts.share(meta.get("bad_records", {}), blocks, num_blocks),
+    host=blocks,
+    num_hosts=num_blocks,
   )
   pending = None
   latest: dict[str, float] = {}  # of each stream: a log is not of one alone
@@ -133,7 +138,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     progress.update(step, values["loss"])
     latest.update({f"{name}/{key}": value for key, value in values.items()})
     if step % config.log.every_steps == 0 or step == total_steps:
-      scalars = latest | {"train/learning_rate": float(schedule(step - 1))}
+      bad = {k: v for k, v in latest.items() if k.endswith("/bad_records")}
+      scalars = latest | hosts.total(bad, blocks)
+      scalars["train/learning_rate"] = float(schedule(step - 1))
       writer.write(step, scalars | progress.rates())
 
   def save(step: int, scores: dict[str, float] | None = None) -> None:
@@ -141,7 +148,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     meta = {
       "fingerprint": fingerprint,
       "seconds": spent,
-      "bad_records": batches.bad_records,
+      "bad_records": hosts.total(batches.bad_records, blocks),
     }
     checkpoints.save(step, state, meta, scores)
 
