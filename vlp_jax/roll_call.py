@@ -16,6 +16,7 @@ from vlp_jax.errors import UserError
 
 _GO = "go"
 _PAUSE = 0.1  # seconds between attempts to connect
+_SILENCE = 2.0  # seconds in which a process says who it is
 
 
 def meet(address: str, count: int, number: int, seconds: float) -> None:
@@ -62,20 +63,17 @@ def _receive_all(port: int, count: int, deadline: float) -> None:
       server.settimeout(_left(deadline))
       try:
         other, _ = server.accept()
-        stack.enter_context(other)
-        other.settimeout(_left(deadline))
-        told = _read_line(other)
       except TimeoutError:
         missing = sorted(set(range(1, count)) - set(came))
         raise TimeoutError(
           f"of the {count} processes, {_names(missing)} did not come"
         ) from None
-      except OSError:
-        continue  # somebody who looked at the port, and went
+      stack.enter_context(other)
+      other.settimeout(_SILENCE)
       try:
-        number, others = map(int, told.split())
-      except ValueError:
-        continue  # or said something else
+        number, others = map(int, _read_line(other).split())
+      except (OSError, ValueError):
+        continue  # a stranger, who was silent or said something else
       problem = _problem(number, others, count, came)
       if problem:
         for each in (other, *came.values()):
