@@ -109,11 +109,20 @@ def facts():
   counts = {"a": 5 + jax.process_index(), "b": 2}
   split = sharding.make_mesh((jax.device_count(), 1, 1))
   alike = sharding.make_mesh((1, 1, jax.device_count()))
+  # As TPUs may be laid out: neighbours in the mesh are of different hosts.
+  order = [jax.devices()[i] for i in (0, 2, 1, 3)]
+  mixed = sharding.make_mesh((4, 1, 1), order)
+  mixed_blocks, _ = sharding.host_blocks(mixed)
+  rows = np.arange(8).reshape(4, 2)[list(mixed_blocks)].reshape(-1)
+  put = sharding.put_batch({"rows": rows}, mixed)["rows"]
+  everywhere = NamedSharding(mixed, P())
   split, _ = sharding.host_blocks(split)
   alike, _ = sharding.host_blocks(alike)
   return {
     "error": error,
     "blocks": _all(np.asarray(split)),
+    "mixed": _all(np.asarray(mixed_blocks)),
+    "rows": jax.jit(lambda x: x, out_shardings=everywhere)(put),
     "alike": alike,
     "split total": hosts.total(counts, split),
     "alike total": hosts.total({"a": 5, "b": 2}, alike),

@@ -1,36 +1,26 @@
-"""Several processes against one: numbers, agreement, checkpoints, the start."""
+"""Several processes against one: numbers, agreement, checkpoints."""
 
 import contextlib
 import functools
 import os
 import pathlib
 import pickle
-import socket
 import subprocess
 import sys
-import threading
 
 import jax
 import numpy as np
 import pytest
 
 from tests import hosts_worker, toys
-from vlp_jax import hosts, roll_call, sharding
-from vlp_jax.errors import UserError
+from vlp_jax import hosts, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def free_port() -> int:
-  """A port that nobody listens to."""
-  with socket.socket() as found:
-    found.bind(("", 0))
-    return found.getsockname()[1]
-
-
 def _run(folder, count, *jobs):
   """Runs jobs in `count` processes of two devices; returns their results."""
-  port, processes = free_port(), []
+  port, processes = toys.free_port(), []
   with contextlib.ExitStack() as stack:
     for number in range(count):
       environ = {
@@ -165,6 +155,8 @@ def test_hosts_know_their_rows(found):
   facts = found["facts"]
   assert facts["blocks"] == [[0, 1], [2, 3]]
   assert facts["alike"] == (0,)  # the axis `tensor` spans both
+  assert facts["mixed"] == [[0, 2], [1, 3]]
+  np.testing.assert_array_equal(facts["rows"], np.arange(8))
 
 
 def test_counts_add_up_once_for_each_row(found):
@@ -217,177 +209,3 @@ def test_alone_nothing_is_asked_of_anybody():
   hosts.check_same({"anything": object()})
   assert hosts.total({"a": 1}, (0,)) == {"a": 1}
   hosts.abandon(2)  # returns
-
-
-# --- Who takes part ----------------------------------------------------------
-
-TOLD = {hosts.ADDRESS: "10.0.0.1:1234", hosts.COUNT: "4", hosts.NUMBER: "3"}
-SLURM = {
-  "SLURM_STEP_NODELIST": "n[1-2]",
-  "SLURM_PROCID": "1",
-  "SLURM_NTASKS": "2",
-  "SLURM_NNODES": "2",
-}
-ALONE = {
-  "a laptop": {},
-  "told to be alone": {**TOLD, hosts.COUNT: "1", hosts.NUMBER: "0"},
-  "one task of Slurm": {**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
-  "a batch script, without srun": {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
-  "one of Open MPI": {"OMPI_COMM_WORLD_SIZE": "1"},
-  "one TPU host": {"TPU_WORKER_HOSTNAMES": "localhost"},
-  "one TPU host in a JobSet": {
-    "TPU_WORKER_HOSTNAMES": "a",
-    "KUBERNETES_SERVICE_HOST": "10.0.0.1",
-    "JOB_COMPLETION_INDEX": "0",
-  },
-  "one slice": {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "1"},
-  "a pod that is no job": {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
-}
-CLUSTERS = {
-  "Slurm": SLURM,
-  "Open MPI": {"OMPI_COMM_WORLD_SIZE": "2"},
-  "TPU": {"TPU_WORKER_HOSTNAMES": "a,b"},
-  "TPU, by address": {"TPU_PROCESS_ADDRESSES": "a:1,b:1"},
-  "slices": {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"},
-  "indexed job": {
-    "KUBERNETES_SERVICE_HOST": "10.0.0.1",
-    "JOB_COMPLETION_INDEX": "0",
-  },
-}
-
-
-@pytest.mark.parametrize("name", ALONE)
-def test_a_process_by_itself(name):
-  assert hosts.arguments(ALONE[name]) is None
-
-
-@pytest.mark.parametrize("name", CLUSTERS)
-def test_clusters_that_jax_knows(name):
-  assert hosts.arguments(CLUSTERS[name]) == {"local_device_ids": None}
-
-
-def test_processes_that_are_told():
-  assert hosts.arguments({**TOLD, **SLURM}) == {
-    "coordinator_address": "10.0.0.1:1234",
-    "num_processes": 4,
-    "process_id": 3,
-    "cluster_detection_method": "deactivate",
-  }
-
-
-@pytest.mark.parametrize(
-  "more, expected",
-  [
-    ({"SLURM_GPUS_ON_NODE": "8"}, list(range(8))),
-    ({"CUDA_VISIBLE_DEVICES": "0,1"}, [0, 1]),
-    ({"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS": "16"}, None),  # one a GPU
-    ({"SLURM_GPUS_ON_NODE": "8", "JAX_LOCAL_DEVICE_IDS": "3"}, None),
-  ],
-)
-def test_one_task_a_machine_has_all_its_gpus(more, expected):
-  options = hosts.arguments({**SLURM, **more})
-  assert options == {"local_device_ids": expected}
-
-
-@pytest.mark.parametrize(
-  "changed, hint",
-  [
-    ({hosts.COUNT: ""}, "but not JAX_NUM_PROCESSES"),
-    ({hosts.ADDRESS: "", hosts.NUMBER: ""}, "JAX_COORDINATOR_ADDRESS and"),
-    ({hosts.NUMBER: "4"}, "from 0 to below"),
-    ({hosts.NUMBER: "one"}, "from 0 to below"),
-    ({hosts.ADDRESS: "10.0.0.1"}, "host:port"),
-    ({hosts.ADDRESS: "10.0.0.1:port"}, "host:port"),
-  ],
-)
-def test_half_told_is_a_mistake(changed, hint):
-  with pytest.raises(UserError, match=hint):
-    hosts.arguments({**TOLD, **changed})
-
-
-def test_a_cluster_that_jax_cannot_read(monkeypatch):
-  def initialize(**_):
-    raise ValueError("coordinator_address should be defined.")
-
-  monkeypatch.setattr(jax.distributed, "initialize", initialize)
-  # Open MPI 5 tells no address.
-  with pytest.raises(UserError, match="with JAX_COORDINATOR_ADDRESS, JAX_NUM"):
-    hosts.initialize({"OMPI_COMM_WORLD_SIZE": "2"})
-
-
-# --- The roll call -----------------------------------------------------------
-
-
-def _meet(*told, seconds=10.0, address=None):
-  """Calls `meet` with each (count, number); returns what they raise."""
-  address = address or f"localhost:{free_port()}"
-  raised = [None] * len(told)
-
-  def call(place):
-    try:
-      roll_call.meet(address, *told[place], seconds)
-    except UserError as error:
-      raised[place] = str(error)
-
-  threads = [threading.Thread(target=call, args=(i,)) for i in range(len(told))]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join(timeout=30)
-    assert not thread.is_alive()
-  return raised
-
-
-def test_all_come():
-  assert _meet((3, 2), (3, 0), (3, 1)) == [None] * 3
-
-
-def test_one_does_not_come():
-  first, second = _meet((4, 0), (4, 2), seconds=0.5)
-  assert "of the 4 processes, 1, 3 did not come within" in first
-  assert "could not be reached" in second or "gave up" in second
-
-
-def test_the_first_cannot_be_reached():
-  (error,) = _meet((2, 1), seconds=0.3)
-  assert "process 0 could not be reached at localhost:" in error
-
-
-def test_two_have_a_number():
-  first, *others = _meet((3, 0), (3, 1), (3, 1))
-  assert "two processes have the number 1" in first
-  assert others == [first, first]
-
-
-def test_they_were_told_different_counts():
-  errors = _meet((2, 0), (3, 1))
-  assert all("told of 3 processes, and process 0 of 2" in e for e in errors)
-
-
-def test_a_port_that_is_taken():
-  with socket.create_server(("", 0)) as server:
-    address = f"localhost:{server.getsockname()[1]}"
-    (error,) = _meet((2, 0), address=address)
-  assert "cannot use port" in error
-
-
-def test_strangers_at_the_port():
-  """Who says something else, or nothing, is not counted."""
-  port = free_port()
-  threads = []
-  for number in (0, 1):
-    args = (f"localhost:{port}", 2, number, 10.0)
-    threads.append(threading.Thread(target=roll_call.meet, args=args))
-  threads[0].start()
-  with _connect(port) as loud, _connect(port):  # the second never speaks
-    loud.sendall(b"GET / HTTP/1.1\r\n")
-    threads[1].start()
-    for thread in threads:
-      thread.join(timeout=20)
-      assert not thread.is_alive()
-
-
-def _connect(port):
-  while True:  # it is about to listen
-    with contextlib.suppress(ConnectionRefusedError):
-      return socket.create_connection(("localhost", port))

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 _INFRASTRUCTURE = {
   *("sharding", "optim", "checkpoint", "metrics", "config", "flags", "command"),
-  *("factors", "fields", "hosts", "roll_call"),
+  *("factors", "fields", "hosts", "roll_call", "tpu_vm"),
 }
 _COMMAND_LINE = {"command", "flags"}
 _LOOP = {"train_state", "train_step", "train"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vlp_jax import roll_call
+from vlp_jax import roll_call, tpu_vm
 from vlp_jax.errors import UserError
 
 # Where processes are told of one another: all three, or none.
@@ -52,6 +53,7 @@ def initialize(environ: Mapping[str, str] = os.environ) -> None:
   """
   options = arguments(environ)
   if options is None:
+    _check_alone()
     return
   if "coordinator_address" in options:
     roll_call.meet(
@@ -71,6 +73,17 @@ def initialize(environ: Mapping[str, str] = os.environ) -> None:
       f"the processes of this cluster could not be joined ({error}); tell them "
       f"of one another with {', '.join(EXPLICIT)}"
     ) from error
+  if not is_first():  # what all would say, the first one says
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def _check_alone() -> None:
+  """Refuses accelerators that belong to several hosts, unless these joined."""
+  if jax.process_count() > 1:
+    raise UserError(
+      f"the accelerators are those of {jax.process_count()} hosts, which do "
+      f"not know of one another; tell them with {', '.join(EXPLICIT)}"
+    )
 
 
 def arguments(environ: Mapping[str, str]) -> dict[str, Any] | None:
@@ -137,9 +150,9 @@ def _in_cluster(environ: Mapping[str, str]) -> bool:
     return _number(environ, "SLURM_NTASKS") > 1
   if _number(environ, "OMPI_COMM_WORLD_SIZE") > 1:
     return True
-  return "KUBERNETES_SERVICE_HOST" in environ and (
-    "JOB_COMPLETION_INDEX" in environ
-  )
+  if "KUBERNETES_SERVICE_HOST" in environ:
+    return "JOB_COMPLETION_INDEX" in environ
+  return tpu_vm.is_one_of_several(environ)
 
 
 def _local_devices(environ: Mapping[str, str]) -> list[int] | None:

@@ -6,15 +6,15 @@ import time
 
 import pytest
 
+from tests import toys
 from tests.e2e import commands
-from tests.test_hosts import free_port
 
 CONFIG = "configs/clip.py:debug"
 
 
 def _start(module, *args, cwd, count=2):
   """Starts a command in `count` processes of two devices."""
-  port = free_port()
+  port = toys.free_port()
   return [
     commands.start(
       module,
