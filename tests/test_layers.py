@@ -16,15 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 _INFRASTRUCTURE = {
   *("sharding", "optim", "checkpoint", "metrics", "config", "flags", "command"),
-  *(
-    "factors",
-    "fields",
-    "chips",
-    "skips",
-    "throughput",
-    "profiling",
-    "checksums",
-  ),
+  *("factors", "fields", "hosts", "roll_call", "tpu_vm"),
+  *("chips", "skips", "throughput", "profiling", "checksums"),
 }
 _COMMAND_LINE = {"command", "flags"}
 _LOOP = {"train_state", "train_step", "train"}

@@ -105,17 +105,23 @@ def _params(name, seed=0):
   return params | jax.tree_util.tree_map_with_path(louder, towers)
 
 
+def start_of(name, optimizer):
+  """A state of the method with drawn parameters, averages and queues."""
+  uses_ema = toys.method(*METHODS[name]).uses_ema
+  return _start(
+    optimizer,
+    _params(name),
+    _params(name, seed=1) if uses_ema else None,
+    toys.method_state(*METHODS[name]),
+  )
+
+
 @functools.cache
 def _losses_and_gradients(name, mesh_shape, accumulate):
   """What the step finds, from the same parameters and the same batch."""
   method, mesh = toys.method(*METHODS[name]), _mesh(mesh_shape)
   optimizer = skips.skip_nonfinite(toys.record_gradients())
-  state = _start(
-    optimizer,
-    _params(name),
-    _params(name, seed=1) if method.uses_ema else None,
-    toys.method_state(*METHODS[name]),
-  )
+  state = start_of(name, optimizer)
   shardings = sharding.shardings_for(state, mesh)
   step = toys.jit(
     train_step.make_train_step(

@@ -5,6 +5,7 @@ scale is one, so that a term which is left out shows.
 """
 
 import functools
+import socket
 
 import jax
 import jax.numpy as jnp
@@ -250,3 +251,10 @@ def assert_gradients_close(actual, expected, tolerance: float = 1e-5):
     assert error <= tolerance * scale, f"{name}: {error} of {scale}"
 
   jax.tree_util.tree_map_with_path(check, actual, expected)
+
+
+def free_port() -> int:
+  """A port that nobody listens to."""
+  with socket.socket() as found:
+    found.bind(("", 0))
+    return found.getsockname()[1]

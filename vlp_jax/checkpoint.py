@@ -122,7 +122,9 @@ class Checkpointer:
       score = self._score(metrics or {})
       ranked = {self._best_metric: score if score == score else -math.inf}
     with _explained(self._directory):
-      self._manager.save(step, args=args, metrics=ranked)
+      # By force: else Orbax, too, asks whether to stop, and hosts would count
+      # their steps in two ways.
+      self._manager.save(step, args=args, metrics=ranked, force=True)
 
   def latest_step(self) -> int | None:
     """Returns the last step that was saved, or None."""

@@ -7,14 +7,18 @@ import logging
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 import jax
 
+from vlp_jax import hosts
 from vlp_jax.errors import UserError
 
 # What a launcher takes as "start me again" (sysexits.h: EX_TEMPFAIL).
 PREEMPTED = 75
+# Another host ended (EX_UNAVAILABLE): its status says whether to start again.
+LOST = 69
 
 
 class Preempted(Exception):
@@ -25,8 +29,9 @@ def execute(main: Callable[[Sequence[str]], None]) -> None:
   """Runs a command and exits.
 
   Status 0: done. 2: a mistake of the user's, told in one line on stderr. 75:
-  stopped by SIGTERM, saved, may be started again. Anything else is a bug and
-  ends in a traceback.
+  stopped by SIGTERM, saved, may be started again. 69: of several hosts another
+  has ended, or cannot be reached. Anything else is a bug and ends in a
+  traceback.
 
   Args:
     main: called with the arguments, without the program's name.
@@ -46,13 +51,25 @@ def execute(main: Callable[[Sequence[str]], None]) -> None:
       raise
     _fail(f"no space left on the disk ({error.filename}); free some and resume")
   except KeyboardInterrupt:
-    print("stopped; the same command resumes", file=sys.stderr)
-    sys.exit(130)
+    _end("stopped; the same command resumes", 130)
+  except Exception as error:
+    if not hosts.several():
+      raise
+    if hosts.is_loss(error):
+      reason = str(error).partition("\n")[0][:200]
+      _fail(f"another host has ended, see what it says ({reason})", LOST)
+    _end(traceback.format_exc(), 1)
 
 
-def _fail(message: str) -> None:
-  print(f"error: {' '.join(message.split())}", file=sys.stderr)
-  sys.exit(2)
+def _fail(message: str, status: int = 2) -> None:
+  where = f"host {jax.process_index()}: " if hosts.several() else ""
+  _end(f"error: {where}{' '.join(message.split())}", status)
+
+
+def _end(message: str, status: int) -> None:
+  print(message, file=sys.stderr)
+  hosts.abandon(status)
+  sys.exit(status)
 
 
 def keep_compiled() -> None:
@@ -62,6 +79,9 @@ def keep_compiled() -> None:
   Several CPU devices go without: programs with collectives that jaxlib 0.10.2
   reads from its cache stop at the first one, for good.
   """
+  if hosts.several() and jax.default_backend() == "cpu":
+    jax.config.update("jax_enable_compilation_cache", False)
+    return
   several = os.environ.get("JAX_NUM_CPU_DEVICES", "1") != "1"
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ and not several:
     cache = pathlib.Path.home() / ".cache" / "vlp_jax" / "compiled"
@@ -79,7 +99,7 @@ def make_folder(path: str | os.PathLike) -> pathlib.Path:
     path.mkdir(parents=True, exist_ok=True)
     probe = path / ".writable"
     probe.touch()
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # several processes may do this
   except OSError as error:
     raise UserError(
       f"cannot write to {path} ({error.strerror}); choose another folder"

@@ -13,7 +13,7 @@ Prints a table, and writes evaluation_<step>.json into the folder.
 import json
 from collections.abc import Sequence
 
-from vlp_jax import command, metrics, runs, train
+from vlp_jax import command, hosts, metrics, runs, train
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import base as evaluators
 from vlp_jax.flags import parse_flags, print_help
@@ -28,6 +28,7 @@ def main(argv: Sequence[str]) -> None:
   if not flags["workdir"]:
     raise UserError("--workdir=DIR is missing; --help shows the usage")
   config = runs.read_config(flags["workdir"], overrides)
+  hosts.initialize()
   command.keep_compiled()
   run = runs.open_run(
     flags["workdir"],
@@ -39,10 +40,12 @@ def main(argv: Sequence[str]) -> None:
   workdir = command.make_folder(flags["workdir"])
   env = evaluators.Env(config, run.mesh, run.tokenizer, workdir)
   built = evaluators.build_all(run.method, env)
-  print(f"{flags['workdir']}, step {run.step:,}")
+  if hosts.is_first():
+    print(f"{flags['workdir']}, step {run.step:,}")
   results = train.evaluate(built, config, run.params, run.params)
-  path = workdir / f"evaluation_{run.step}.json"
-  path.write_text(json.dumps(results, indent=2) + "\n")
+  if hosts.is_first():
+    path = workdir / f"evaluation_{run.step}.json"
+    path.write_text(json.dumps(results, indent=2) + "\n")
   metrics.print_table(results)
 
 

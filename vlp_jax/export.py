@@ -13,7 +13,7 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from vlp_jax import checkpoint, command, runs
+from vlp_jax import checkpoint, command, hosts, runs
 from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
 from vlp_jax.flags import parse_flags, print_help
@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> None:
       f"--format={flags['format']} is not one of {', '.join(FORMATS)}"
     )
   config = runs.read_config(flags["workdir"], overrides)
+  hosts.initialize()
   command.keep_compiled()
   run = runs.open_run(
     flags["workdir"],
@@ -46,9 +47,10 @@ def main(argv: Sequence[str]) -> None:
   )
   output = pathlib.Path(flags["output"] or f"{flags['workdir']}/export")
   export(run, output)
-  print(
-    f"exported step {run.step:,} to {output}; vlp_jax.load({str(output)!r})"
-  )
+  if hosts.is_first():
+    print(
+      f"exported step {run.step:,} to {output}; vlp_jax.load({str(output)!r})"
+    )
 
 
 def export(run: runs.Run, output: pathlib.Path) -> None:
@@ -60,6 +62,13 @@ def export(run: runs.Run, output: pathlib.Path) -> None:
   if (output / "params").exists():
     raise UserError(f"{output} holds an export already; give another --output")
   output = command.make_folder(output)
+  if hosts.is_first():
+    _describe(run, output)
+  checkpoint.save_params(output / "params", run.params)
+
+
+def _describe(run: runs.Run, output: pathlib.Path) -> None:
+  """Writes all but the parameters."""
   config_lib.save(run.config, output / "config.json")
   (output / "tokenizer.model").write_bytes(run.tokenizer.model)
   preprocessing = {
@@ -72,7 +81,6 @@ def export(run: runs.Run, output: pathlib.Path) -> None:
   }
   text = json.dumps(preprocessing, indent=2) + "\n"
   (output / "preprocessing.json").write_text(text)
-  checkpoint.save_params(output / "params", run.params)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from vlp_jax import huge_pages
 if __name__ == "__main__":
   huge_pages.use()  # before anything is imported, which takes seconds
 
-from vlp_jax import command, train
+from vlp_jax import command, hosts, train
 from vlp_jax import config as config_lib
 
 
@@ -22,6 +22,7 @@ def main(argv: Sequence[str]) -> None:
   config, flags = config_lib.parse_command_line(
     argv, {"workdir": ""}, usage=__doc__
   )
+  hosts.initialize()
   command.keep_compiled()
   workdir = flags["workdir"] or f"runs/{config_lib.name_of(flags['config'])}"
   train.run(config, workdir)

@@ -112,8 +112,28 @@ def on_mesh(function: Callable, mesh: Mesh) -> Callable:
   return traced
 
 
+def host_blocks(mesh: Mesh) -> tuple[tuple[int, ...], int]:
+  """Returns which rows of a batch this host's devices hold.
+
+  Hosts that only the axis `tensor` tells apart hold the same.
+
+  Returns:
+    The numbers of its blocks, rising, and how many equal blocks of consecutive
+    rows there are.
+  """
+  count = mesh.shape["data"] * mesh.shape["fsdp"]
+  places = NamedSharding(mesh, BATCH).addressable_devices_indices_map((count,))
+  found = {rows.indices(count)[0] for (rows,) in places.values()}
+  return tuple(sorted(found)), count
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """Makes global arrays, sharded by example, of this host's rows."""
+  """Makes global arrays, sharded by example, of this host's rows.
+
+  Args:
+    batch: the rows of `host_blocks`.
+    mesh: to lay them over.
+  """
   sharding = NamedSharding(mesh, BATCH)
   return {
     name: jax.make_array_from_process_local_data(sharding, array)

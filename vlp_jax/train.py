@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import signal
-import threading
 import time
 from collections.abc import Sequence
 
@@ -18,6 +16,7 @@ from vlp_jax import (
   chips,
   command,
   flops,
+  hosts,
   metrics,
   optim,
   profiling,
@@ -77,6 +76,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
   create = functools.partial(train_state.of_config, config, method, optimizer)
   abstract = jax.eval_shape(create)
   shardings = sharding.shardings_for(abstract, mesh)
+  blocks, num_blocks = sharding.host_blocks(mesh)
   checkpoints = checkpoint_lib.Checkpointer(
     workdir / "checkpoints",
     keep=config.checkpoint.keep,
@@ -84,7 +84,11 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
   )
   fingerprint = joint.fingerprint(streams, tokenizer)
   fingerprint["accumulate"] = config.accumulate
-  if checkpoints.latest_step() is None:
+  last = checkpoints.latest_step()
+  hosts.check_same(
+    {"config": config.to_json(), "data": fingerprint, "checkpoint": last}
+  )
+  if last is None:
     state, meta = jax.jit(create, out_shardings=shardings)(), {}
     pictures = functools.partial(pipeline.pictures, source, config)
     state = train_state.start(method, state, shardings, pictures)
@@ -114,9 +118,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     streams,
     tokenizer,
     start_step=start,
-    bad_records=meta.get("bad_records", {}),
-    host=jax.process_index(),
-    num_hosts=jax.process_count(),
+    bad_records=hosts.share(meta.get("bad_records", {}), blocks, num_blocks),
+    host=blocks,
+    num_hosts=num_blocks,
   )
   pending = None
   latest: dict[str, float] = {}  # of each stream: a log is not of one alone
@@ -130,7 +134,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     progress.update(step, values["loss"])
     latest.update({f"{name}/{key}": value for key, value in values.items()})
     if step % config.log.every_steps == 0 or step == total_steps:
-      scalars = latest | {"train/learning_rate": float(schedule(step - 1))}
+      bad = {k: v for k, v in latest.items() if k.endswith("/bad_records")}
+      scalars = latest | hosts.total(bad, blocks)
+      scalars["train/learning_rate"] = float(schedule(step - 1))
       writer.write(step, scalars | progress.rates())
     in_row.update(step, values["skipped"])
 
@@ -139,14 +145,14 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     meta = {
       "fingerprint": fingerprint,
       "seconds": spent,
-      "bad_records": batches.bad_records,
+      "bad_records": hosts.total(batches.bad_records, blocks),
     }
     checkpoints.save(step, state, meta, scores)
 
   results: dict[str, float] = {}
   compiled: set[int] = set()
   with contextlib.ExitStack() as stack:
-    preemption = stack.enter_context(Preemption())
+    preemption = stack.enter_context(hosts.Preemption())
     # However it ends, a save that is under way gets to the disk first.
     stack.enter_context(contextlib.closing(checkpoints))
     stack.enter_context(contextlib.closing(batches))
@@ -166,7 +172,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
       name = streams[number].name
       pending = step, name, values | {"bad_records": batches.bad_records[name]}
       due = due_evaluators(config, evaluators, step, total_steps)
-      stopping = preemption.requested and step < total_steps
+      stopping = preemption.reached(step - start) and step < total_steps
       saving = stopping or is_due(
         step, config.checkpoint.every_steps, total_steps
       )
@@ -240,27 +246,6 @@ def work(
     "model_flops": sum(counts),
     "peak_flops": chip and chip.flops * mesh.size,
   }
-
-
-class Preemption:
-  """Notes SIGTERM, so that the loop can stop between two steps."""
-
-  def __init__(self):
-    self.requested = False
-
-  def __enter__(self) -> Preemption:
-    # Signals belong to the main thread; a run inside another goes without.
-    self._main = threading.current_thread() is threading.main_thread()
-    if self._main:
-      self._previous = signal.signal(signal.SIGTERM, self._note)
-    return self
-
-  def __exit__(self, *_) -> None:
-    if self._main:
-      signal.signal(signal.SIGTERM, self._previous)
-
-  def _note(self, *_) -> None:
-    self.requested = True
 
 
 def is_due(step: int, every_steps: int, total_steps: int) -> bool:

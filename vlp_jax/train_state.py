@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vlp_jax import hosts
 from vlp_jax.methods.base import (
   Batch,
   Method,
@@ -100,7 +101,7 @@ def start(
     state.params, state.method_state, pictures
   )
   if params is not state.params:
-    params = jax.device_put(params, shardings.params)
+    params = hosts.put(params, shardings.params)
     state = state.replace(params=params)
     if state.ema_params is not None:
       average = jax.jit(
@@ -108,7 +109,7 @@ def start(
       )(params)
       state = state.replace(ema_params=average)
   if method_state is not state.method_state:
-    method_state = jax.device_put(method_state, shardings.method_state)
+    method_state = hosts.put(method_state, shardings.method_state)
     state = state.replace(method_state=method_state)
   return state
 

@@ -114,6 +114,16 @@ def test_hosts_share_the_global_batch(photos, num_hosts):
   assert_equal(joined, expected)
 
 
+def test_a_host_may_have_blocks_apart(photos):
+  """Of eight rows in four blocks, the second and the last."""
+  rows = [2, 3, 6, 7]
+  expected = [
+    {key: value[rows] for key, value in batch.items()}
+    for batch in take(photos, 3)
+  ]
+  assert_equal(take(photos, 3, host=(1, 3), num_hosts=4), expected)
+
+
 @pytest.mark.parametrize("start", [1, 3, 50])
 def test_starting_at_a_step_equals_going_there(photos, start):
   expected = take(photos, start + 4)[start:]

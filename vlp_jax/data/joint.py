@@ -150,7 +150,7 @@ class JointBatches(Iterator[tuple[int, Batch]]):
     *,
     start_step: int,
     bad_records: dict[str, int],
-    host: int,
+    host: int | Sequence[int],
     num_hosts: int,
   ):
     """Starts the threads.
@@ -160,7 +160,7 @@ class JointBatches(Iterator[tuple[int, Batch]]):
       tokenizer: for the captions.
       start_step: of the run.
       bad_records: before it, by the stream's name.
-      host: which block of rows of the global batches to return.
+      host: which block of rows of the global batches to return, or which.
       num_hosts: number of blocks.
     """
     self._names = [stream.name for stream in streams]

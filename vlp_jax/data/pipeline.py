@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -125,7 +125,7 @@ def train_batches(
   *,
   start_step: int = 0,
   bad_records: int = 0,
-  host: int = 0,
+  host: int | Sequence[int] = 0,
   num_hosts: int = 1,
 ) -> TrainBatches:
   """Returns the endless training batches from `start_step` on.
@@ -138,13 +138,13 @@ def train_batches(
       seeds matter: `seed` for the whole run, `data.seed` for the data alone.
     start_step: k of the first batch.
     bad_records: replaced before it.
-    host: which block of rows of the global batch to return.
+    host: which block of rows of the global batch to return, or which blocks.
     num_hosts: number of blocks.
 
   Returns:
-    An iterator of batches of b = batch_size / num_hosts rows: `image` uint8
-    `[b, S, S, 3]`, `text` int32 `[b, L]`, `text_len` int32 `[b]` and
-    `image_id` int32 `[b]`.
+    An iterator of batches of b = batch_size / num_hosts rows for each block:
+    `image` uint8 `[b, S, S, 3]`, `text` int32 `[b, L]`, `text_len` int32 `[b]`
+    and `image_id` int32 `[b]`.
 
   Raises:
     UserError: if `batch_size` is not a multiple of `num_hosts`, or a field of
@@ -158,13 +158,14 @@ def train_batches(
       f"batch_size={config.batch_size} is not a multiple of the {num_hosts} "
       "hosts; choose one that is"
     )
-  local = config.batch_size // num_hosts
+  size = config.batch_size // num_hosts
+  blocks = [host] if isinstance(host, int) else host
+  rows = [block * size + row for block in blocks for row in range(size)]
   seeds = np.random.SeedSequence(
     [config.seed % 2**32, config.data.seed % 2**32]
   )
   order_seed, visit_seed = seeds.generate_state(2).tolist()
   order = source.order(order_seed)
-  rows = range(config.batch_size)[host * local : (host + 1) * local]
   recipe = make_recipe(source, tokenizer, config)
   dataset = _HostBatches(
     order, recipe, visit_seed, config.batch_size, rows
@@ -178,7 +179,7 @@ def train_batches(
   else:
     dataset = dataset.to_iter_dataset(_read_options())
   return TrainBatches(
-    dataset, source, config.data.max_bad, start_step * local, bad_records
+    dataset, source, config.data.max_bad, start_step * len(rows), bad_records
   )
 
 
@@ -289,7 +290,7 @@ class _HostBatches(grain.MapDataset):
     recipe: Recipe,
     seed: int,
     batch_size: int,
-    rows: range,
+    rows: Sequence[int],
   ):
     """Makes the data set.
 
