@@ -90,6 +90,8 @@ def get_devices(topology: str) -> list[Any]:
   # Before libtpu is read: no chip is here to be asked for, or to be shared.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", topology.replace(":", "-"))
   jax.config.update("jax_platforms", "cpu")
   try:
     return list(topologies.get_topology_desc(topology, platform="tpu").devices)

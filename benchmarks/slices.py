@@ -1,0 +1,106 @@
+"""What steps at the papers' batches cost on TPU slices that nobody holds.
+
+  python -m benchmarks.slices --output=runs/slices
+
+Compiles every row with `python -m vlp_jax.aot` (docs/sharding.md), minutes
+each, and prints a table, with the command of each row. Killed and started
+again, it goes on: rows that are there are kept. Needs the [tpu] extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+
+from vlp_jax import chips
+from vlp_jax.roofline import GIB
+
+_WHOLE = ("--config.method.caption_chunk=0", "--config.model.remat=none")
+_ONE = ("--config.accumulate=1", "--config.model.remat=dots")
+# Config, mesh, and what else is changed. Parameters are split over as few chips
+# as hold them; nothing is computed again where there is room.
+_PLANS = (
+  ("sycoca.py:b16", "64,4,1", _WHOLE),
+  ("sycoca.py:l14", "16,16,1", _WHOLE),
+  ("coca.py:b16", "64,4,1", _WHOLE),
+  ("coca.py:l14", "256,1,1", ("--config.accumulate=8",)),
+  ("simla.py:b16", "64,4,1", ("--config.model.remat=none",)),
+  ("simla.py:l14", "16,16,1", ("--config.model.remat=none",)),
+  ("scl.py:b16", "64,4,1", _ONE),
+  ("scl.py:l14", "16,16,1", _ONE),
+)
+ROWS = (
+  *(("v5e:16x16", *plan) for plan in _PLANS),
+  ("v5p:4x8x8", "coca.py:g18", "16,16,1", ("--config.accumulate=4",)),
+  *(("v6e:16x16", *plan) for plan in _PLANS),
+)
+KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
+HEADS = (
+  *("config", "slice", "mesh", "batch", "GiB a chip", "done / model's"),
+  *("collectives", "a step at least", "utilisation at most"),
+)
+
+
+def command(row) -> list[str]:
+  """The command line of a row, without the interpreter and the output."""
+  topology, config, mesh, changes = row
+  return [
+    *("-m", "vlp_jax.aot", f"--config=configs/{config}"),
+    *(f"--topology={topology}", f"--mesh={mesh}", *changes),
+  ]
+
+
+def cells(row, report: dict) -> list[str]:
+  """A line of the table."""
+  topology, config, mesh, _ = row
+  memory = chips.CHIPS[KINDS[topology.split(":")[0]]].memory
+  first = [
+    *(config, topology, mesh.replace(",", " x ")),
+    f"{report['batch_size']:,}",
+    f"{report['memory'] / GIB:.1f} of {memory / GIB:.0f}",
+  ]
+  if not report["fits"]:
+    return [*first, "does not fit", "", "", ""]
+  seconds = report["seconds"]
+  return [
+    *first,
+    f"{report['operations'] / report['model_operations']:.2f}",
+    f"{1000 * seconds['collectives']:.0f} ms "
+    f"({seconds['collectives'] / seconds['operations']:.0%} of operations)",
+    f"{1000 * seconds['step']:.0f} ms",
+    f"{seconds['model'] / seconds['step']:.0%}",
+  ]
+
+
+def main() -> None:
+  """Compiles what is missing, and prints the table."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--output", type=pathlib.Path, default="runs/slices")
+  parser.add_argument("--only", default="", help="of rows, a part of the name")
+  args = parser.parse_args()
+  args.output.mkdir(parents=True, exist_ok=True)
+  lines, commands = [HEADS, ["---"] * len(HEADS)], []
+  for row in ROWS:
+    name = f"{row[0]}_{row[1]}".replace(":", "_").replace(".py", "")
+    if args.only not in name:
+      continue
+    path = args.output / f"{name}.json"
+    if not path.exists():
+      print(f"compiling {row[1]} for {row[0]}", flush=True)
+      partial = path.with_suffix(".partial")
+      run = [sys.executable, *command(row), f"--output={partial}"]
+      subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
+      partial.rename(path)
+    (report,) = json.loads(path.read_text())["reports"]
+    lines.append(cells(row, report))
+    commands.append(shlex.join(["python", *command(row)]))
+  table = ["| " + " | ".join(line) + " |" for line in lines]
+  print("\n".join(table), "", *commands, sep="\n")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,166 @@
+"""What a compiled program does, counted beside counts by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tests import toys
+from vlp_jax import flops, hlo, sharding
+
+LAYERS, WIDTH, BATCH, TOKENS = 5, 32, 16, 6
+
+
+def _loss(weights, x):
+  """A loop over layers, whose insides are made again."""
+
+  def layer(x, w):
+    return jnp.tanh(x @ w), None
+
+  x, _ = jax.lax.scan(jax.checkpoint(layer), x, weights)
+  return jnp.sum(x**2)
+
+
+def _compiled(fsdp):
+  mesh = sharding.make_mesh((8 // fsdp, fsdp, 1), jax.devices()[:8])
+  weights = jax.ShapeDtypeStruct(
+    (LAYERS, WIDTH, WIDTH),
+    jnp.float32,
+    sharding=NamedSharding(mesh, P(None, None, "fsdp")),
+  )
+  x = jax.ShapeDtypeStruct(
+    (BATCH, TOKENS, WIDTH),
+    jnp.float32,
+    sharding=NamedSharding(mesh, sharding.BATCH),
+  )
+  compiled = jax.jit(jax.grad(_loss)).lower(weights, x)
+  return compiled.compile(toys.compiler_options()), weights, x
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+  compiled, *args = _compiled(1)
+  work = list(hlo.Module(compiled.as_text()).work())
+  # Forward, forward again, and twice as much backward, but for the gradient of
+  # what the first layer reads, which is made in the loop nevertheless.
+  one = 2 * BATCH // 8 * TOKENS * WIDTH * WIDTH
+  assert sum(w.times * w.operations for w in work) == 4 * LAYERS * one
+  assert 8 * 4 * LAYERS * one == flops.count(jax.grad(_loss), *args)
+  # XLA's own count has the loops' bodies once.
+  assert compiled.cost_analysis()["flops"] < 2 * 4 * one
+
+
+def test_gradients_are_summed_over_all_devices():
+  compiled, *_ = _compiled(1)
+  work = hlo.Module(compiled.as_text()).work()
+  found = [w for w in work if w.collective]
+  assert {w.collective.kind for w in found} == {"all-reduce"}
+  assert {w.collective.group for w in found} == {8}
+  size = LAYERS * WIDTH * WIDTH * 4
+  sent = sum(w.times * w.collective.sent for w in found)
+  assert sent == pytest.approx(2 * 7 / 8 * size)
+
+
+# As TPUs have it: a product of [2, 3, 4] and [4, 5] (its batch dimension is the
+# window's), a batched product of [2, 3, 4] and [2, 3, 4] (a dilated window),
+# what a loop reads of stacked weights, and a gather that runs beside others.
+TPU = """
+HloModule jit_step, is_scheduled=true
+
+%slice_fusion (p0: bf16[6,4,5], p1: s32[]) -> bf16[4,5,1] {
+  %p0 = bf16[6,4,5]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p1 = s32[]{:T(128)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %ds = bf16[1,4,5]{2,1,0:T(8,128)(2,1)} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,4,5}
+  ROOT %bc = bf16[4,5,1]{1,0,2:T(8,128)(2,1)} bitcast(%ds)
+}
+
+%start (q0: bf16[2,5]) -> (bf16[2,5], bf16[8,5]) {
+  %q0 = bf16[2,5]{1,0} parameter(0)
+  %ag.1 = bf16[8,5]{1,0:T(8,128)(2,1)} all-gather(%q0), channel_id=7, replica_groups=mesh['axis_0'=4,'axis_1'=4], device_ids=([4,4]T(1,0)) {'axis_1'}, dimensions={0}
+  ROOT %cc.1 = (bf16[2,5]{1,0:S(1)}, bf16[8,5]{1,0:S(1)}) custom-call(%ag.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%done (r0: bf16[2,5]) -> bf16[8,5] {
+  %r0 = bf16[2,5]{1,0} parameter(0)
+  %ag.2 = bf16[8,5]{1,0:T(8,128)(2,1)} all-gather(%r0), channel_id=7, replica_groups=mesh['axis_0'=4,'axis_1'=4], device_ids=([4,4]T(1,0)) {'axis_1'}, dimensions={0}
+  ROOT %cc.2 = bf16[8,5]{1,0:S(1)} custom-call(%ag.2), custom_call_target="AsyncCollectiveDone"
+}
+
+%body (t: (s32[], bf16[2,3,4], bf16[6,4,5])) -> (s32[], bf16[2,3,4], bf16[6,4,5]) {
+  %t = (s32[]{:T(128)}, bf16[2,3,4]{2,1,0:T(8,128)(2,1)S(1)}, /*index=2*/bf16[6,4,5]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%t), index=0
+  %x = bf16[2,3,4]{2,1,0:T(8,128)(2,1)S(1)} get-tuple-element(%t), index=1
+  %w = bf16[6,4,5]{2,1,0:T(8,128)(2,1)} get-tuple-element(%t), index=2
+  %wi = bf16[4,5,1]{1,0,2:T(8,128)(2,1)S(1)} fusion(%w, %i), kind=kLoop, calls=%slice_fusion
+  %y = bf16[2,3,5]{2,1,0:T(8,128)(2,1)S(1)} convolution(%x, %wi), window={size=1}, dim_labels=0bf_io0->0bf
+  %s = f32[2,3,3]{2,1,0:T(8,128)S(1)} convolution(%x, %x), window={size=2 stride=1 lhs_dilate=2}, dim_labels=0bf_0oi->0bf
+  %g.0 = bf16[2,5]{1,0:T(8,128)(2,1)} bitcast(%wi)
+  %g.1 = (bf16[2,5]{1,0:S(1)}, bf16[8,5]{1,0:S(1)}) fusion(%g.0), kind=kCustom, calls=%start
+  %g.2 = bf16[8,5]{1,0:S(1)} fusion(%g.0), kind=kCustom, calls=%done
+  ROOT %out = (s32[]{:T(128)}, bf16[2,3,4]{2,1,0:T(8,128)(2,1)S(1)}, bf16[6,4,5]{2,1,0:T(8,128)(2,1)}) tuple(%i, %x, %w)
+}
+
+%condition (c: (s32[], bf16[2,3,4], bf16[6,4,5])) -> pred[] {
+  %c = (s32[]{:T(128)}, bf16[2,3,4]{2,1,0:T(8,128)(2,1)S(1)}, bf16[6,4,5]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %n = s32[]{:T(128)} constant(6)
+  %j = s32[]{:T(128)} get-tuple-element(%c), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%j, %n), direction=LT
+}
+
+ENTRY %main (a: bf16[2,3,4], b: bf16[6,4,5]) -> bf16[2,3,4] {
+  %a = bf16[2,3,4]{2,1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %b = bf16[6,4,5]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %first = s32[]{:T(128)} constant(0)
+  %tuple = (s32[]{:T(128)}, bf16[2,3,4]{2,1,0:T(8,128)(2,1)S(1)}, bf16[6,4,5]{2,1,0:T(8,128)(2,1)}) tuple(%first, %a, %b)
+  %loop = (s32[]{:T(128)}, bf16[2,3,4]{2,1,0:T(8,128)(2,1)S(1)}, bf16[6,4,5]{2,1,0:T(8,128)(2,1)}) while(%tuple), condition=%condition, body=%body
+  ROOT %r = bf16[2,3,4]{2,1,0:T(8,128)(2,1)S(1)} get-tuple-element(%loop), index=1
+}
+"""  # noqa: E501
+
+
+def test_programs_for_tpus():
+  work = list(hlo.Module(TPU).work())
+  assert {w.times for w in work} == {6}
+  products = [w.operations for w in work if w.opcode == "convolution"]
+  # [6, 4] x [4, 5]; and of each of two, [3, 4] x [4, 3].
+  assert products == [2 * 6 * 4 * 5, 2 * 2 * 3 * 4 * 3]
+  # Products are of what lies on the chip. HBM: a layer of the stack, not all
+  # six; and what is cut from it.
+  slice_of_weights = next(w for w in work if w.opcode == "fusion")
+  assert slice_of_weights.hbm_bytes == 4 * 5 * 2 + 4  # and which one
+  (gather,) = [w for w in work if w.collective]
+  assert gather.collective == hlo.Collective("all-gather", 2 * 5 * 2, 4, 7)
+  assert gather.collective.sent == 3 * 2 * 5 * 2
+
+
+@pytest.mark.parametrize(
+  "kind, sent",
+  [
+    ("all-reduce", 2 * 7 / 8 * 80),
+    ("all-gather", 7 * 80),
+    ("reduce-scatter", 7 / 8 * 80),
+    ("all-to-all", 7 / 8 * 80),
+  ],
+)
+def test_the_least_that_is_sent(kind, sent):
+  """Of 8 chips with 80 bytes each, by a ring."""
+  assert hlo.Collective(kind, 80, 8).sent == sent
+
+
+def test_padding_is_no_work():
+  line = (
+    "%c = f32[1,4,1]{2,1,0} convolution(%x, %k), "
+    "window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f"
+  )
+  text = (
+    "HloModule m\n\nENTRY %main (x: f32[1,4,1], k: f32[3,1,1]) -> f32[1,4,1] "
+    "{\n  %x = f32[1,4,1]{2,1,0} parameter(0)\n"
+    f"  %k = f32[3,1,1]{{2,1,0}} parameter(1)\n  {line}\n}}\n"
+  )
+  (work,) = hlo.Module(text).work()
+  places = [(o, t) for o in range(4) for t in range(3) if 0 <= o + t - 1 < 4]
+  assert work.operations == 2 * len(places)
+  assert work.hbm_bytes == 4 * (4 + 3 + 4)
+  assert np.isclose(len(places), 10)

@@ -1,0 +1,117 @@
+"""What a step costs on chips: sums, bounds, memory, advice."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vlp_jax import aot, chips, roofline, sharding
+from vlp_jax import config as config_lib
+from vlp_jax.errors import UserError
+from vlp_jax.hlo import Collective, Work
+
+CHIP = chips.Chip(flops=100.0, memory=1000, bandwidth=10.0, link=1.0, links=4)
+
+
+def test_bounds_by_hand():
+  work = [
+    # 2 s of operations, 1 s of bytes, three times.
+    Work("fusion", 200, 10, 3, True, None),
+    # 4 s of bytes.
+    Work("fusion", 0, 40, 1, True, None),
+    # Begun, and waited for elsewhere: counts as bytes, not one by one.
+    Work("copy-start", 0, 50, 1, False, None),
+    # 2 x 3/4 x 40 bytes over four links, twice.
+    Work("all-reduce", 0, 0, 2, True, Collective("all-reduce", 40, 4)),
+  ]
+  found = roofline.summary(work, 400.0, CHIP)
+  assert found["operations"] == 600 and found["moved"] == 120
+  assert found["sent"] == {"all-reduce": 120}
+  assert found["collectives"] == {"all-reduce": 2}
+  assert found["seconds"] == {
+    "model": 4.0,
+    "operations": 6.0,
+    "hbm": 12.0,
+    "instructions": 10.0,
+    "collectives": 30.0,
+    "step": 30.0,
+  }
+
+
+def test_memory_that_was_missing_is_read_from_the_error():
+  message = (
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in "
+    "memory space hbm. Used 17.50G of 15.75G hbm. Exceeded by 1.75G."
+  )
+  assert roofline.needed(message) == 17.5 * 2**30
+  with pytest.raises(UserError, match="XLA cannot compile this step: INTERNAL"):
+    roofline.needed("INTERNAL: no\nmore lines")
+
+
+def test_bytes_of_a_device_s_part():
+  mesh = sharding.make_mesh((2, 2, 2), jax.devices()[:8])
+  tree = {
+    "a": jax.ShapeDtypeStruct(
+      (8, 6), jnp.bfloat16, sharding=NamedSharding(mesh, P("fsdp", "tensor"))
+    ),
+    "b": jax.ShapeDtypeStruct(
+      (5,), jnp.float32, sharding=NamedSharding(mesh, P())
+    ),
+  }
+  assert roofline.shard_bytes(tree) == 4 * 3 * 2 + 5 * 4
+
+
+def _report(config, shape, memory):
+  mesh = sharding.make_mesh(shape, jax.devices()[:8])
+  state = roofline.abstract_state(roofline.on_mesh(config, shape), mesh)
+  return roofline.Report(
+    method="coca",
+    chips=8,
+    mesh=shape,
+    remat="full",
+    batch_size=64,
+    accumulate=2,
+    parameters=1,
+    fits=False,
+    memory=memory,
+    state=roofline.shard_bytes(state),
+    model_operations=1.0,
+  )
+
+
+def test_a_mesh_that_holds_the_state_is_suggested():
+  config = config_lib.load("configs/coca.py:b16")
+  # Parameters and two moments are 4.9 GiB; of four chips' parts 1.2.
+  report = _report(config, (8, 1, 1), 6 * 2**30)
+  assert report.state == pytest.approx(4.92 * 2**30, rel=0.01)
+  text = roofline.suggest(config, report, jax.devices()[:8], 4 * 2**30)
+  assert text.startswith("try --mesh=2,4,1: about 2.3 GiB a chip")
+  text = roofline.suggest(config, report, jax.devices()[:8], 2**30)
+  assert "no mesh of 8 chips" in text and "--config.accumulate=2" in text
+
+
+def test_meshes_to_compare():
+  assert roofline.splits(8) == [(8, 1, 1), (2, 4, 1)]
+  assert roofline.splits(64) == [
+    *((64, 1, 1), (16, 4, 1), (4, 16, 1), (1, 64, 1)),
+    (4, 4, 4),
+  ]
+
+
+def test_the_mesh_of_a_flag():
+  config = config_lib.load("configs/clip.py:debug")
+  assert aot.mesh_of(config, "", 8) == (8, 1, 1)
+  assert aot.mesh_of(config, "2,4,1", 8) == (2, 4, 1)
+  with pytest.raises(UserError, match="such as 64,4,1"):
+    aot.mesh_of(config, "2x4", 8)
+  with pytest.raises(UserError, match="the slice's 8 chips"):
+    aot.mesh_of(config, "2,2,1", 8)
+
+
+def test_what_is_missing_is_said(monkeypatch):
+  with pytest.raises(UserError, match="--topology=KIND:SHAPE is missing"):
+    aot.get_devices("")
+  monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(UserError, match=r"pip install 'vlp_jax\[tpu\]'"):
+    aot.get_devices("v5e:2x2")
