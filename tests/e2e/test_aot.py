@@ -52,7 +52,7 @@ def test_what_does_not_fit_is_said_with_a_way_out(tmp_path):
 
 
 def test_no_such_slice(tmp_path):
-  status, out, err = commands.run(
+  status, _, err = commands.run(
     "aot", "--config=configs/clip.py:debug", "--topology=v5e:3x17", cwd=tmp_path
   )
   assert status == 2
