@@ -321,7 +321,9 @@ def test_unreadable_pictures_are_replaced_and_named(
   assert_equal(take(jsonl_config, 4), actual[:4])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+  "workers", [0, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_bad_records_are_counted(jsonl_config, tmp_path, workers):
   expected = [np.isin(b["image_id"], [4, 5]) for b in take(jsonl_config, 10)]
   for i in (4, 5):
@@ -347,7 +349,9 @@ def test_bad_records_are_counted(jsonl_config, tmp_path, workers):
   assert sum(counts) == np.sum(expected)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+  "workers", [0, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_too_many_bad_records(jsonl_config, tmp_path, workers):
   """One in twenty is: told when a thousand rows are known, not before."""
   (tmp_path / "images" / "7.png").write_bytes(b"")

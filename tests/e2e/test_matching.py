@@ -53,6 +53,7 @@ def test_simla(simla):
   assert sum("; adds " in line for line in shown) == 4
 
 
+@pytest.mark.slow
 def test_simla_resumes_with_its_queues_teacher_and_tokenizer(simla, folder):
   rest = CONSTANT, QUEUE, *commands.no_evaluations("configs/simla.py:debug")
   commands.train("simla", "parts", "--config.total_steps=4", *rest, cwd=folder)
