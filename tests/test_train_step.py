@@ -116,6 +116,26 @@ def start_of(name, optimizer):
   )
 
 
+def sent_pixels(text, shape):
+  """Lines of a compiled program in which devices send each other pictures."""
+  picture = ",".join(map(str, shape[1:])) + "]"
+  words = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
+  return [
+    line
+    for line in text.splitlines()
+    if any(f" {word}" in line for word in words)
+    and ("u8[" in line or picture in line)
+  ]
+
+
+def test_pictures_that_are_sent_would_be_found():
+  mesh = _mesh((8, 1, 1))
+  image = sharding.put_batch(_batch(), mesh)["image"]
+  everywhere = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
+  text = everywhere.lower(image).compile().as_text()
+  assert sent_pixels(text, image.shape)
+
+
 @functools.cache
 def _losses_and_gradients(name, mesh_shape, accumulate):
   """What the step finds, from the same parameters and the same batch."""
@@ -130,7 +150,10 @@ def _losses_and_gradients(name, mesh_shape, accumulate):
     out_shardings=(shardings, None),
   )
   batch = sharding.put_batch(_batch(), mesh)
-  state, metrics = step(jax.device_put(state, shardings), batch)
+  args = jax.device_put(state, shardings), batch
+  compiled = step.lower(*args).compile()
+  assert not sent_pixels(compiled.as_text(), batch["image"].shape)
+  state, metrics = compiled(*args)
   split = {
     axis
     for leaf in jax.tree.leaves(state.opt_state.inner)
