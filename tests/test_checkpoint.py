@@ -231,7 +231,7 @@ def _flip(path, place, bit=3):
   path.write_bytes(data)
 
 
-@pytest.mark.parametrize("kind", ["data", "metadata", "sharding", "meta"])
+@pytest.mark.parametrize("kind", ["data", "metadata", "shapes", "meta"])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_flipped_bit_falls_back_to_the_one_before(tmp_path, kind):
   """The arrays' files have no checksum of their own, nor has JSON."""
@@ -242,9 +242,9 @@ def test_a_flipped_bit_falls_back_to_the_one_before(tmp_path, kind):
     _flip(data, 0.5)
   elif kind == "metadata":
     _flip(state / "_METADATA", 0.5, 7)  # no character
-  elif kind == "sharding":
-    path = state / "_sharding"
-    path.write_text(path.read_text().replace("TFRT", "UFRT"))
+  elif kind == "shapes":
+    (path,) = (state / "array_metadatas").iterdir()
+    path.write_text(path.read_text().replace("param_name", "qaram_name", 1))
   else:
     path = tmp_path / "2/meta/metadata"
     path.write_text(path.read_text().replace('"step": 2', '"step": 3', 1))

@@ -122,6 +122,20 @@ def lines(workdir: pathlib.Path) -> list[dict]:
   return kept
 
 
+def data_file(checkpoint: pathlib.Path) -> pathlib.Path:
+  """Returns the file of a checkpoint that holds its arrays."""
+  files = checkpoint.glob("state/**/d/*")
+  return max(files, key=lambda path: path.stat().st_size)
+
+
+def flip_bit(checkpoint: pathlib.Path) -> None:
+  """Flips a bit in the middle of a checkpoint's arrays."""
+  path = data_file(checkpoint)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
 def assert_one_line(status: int, err: str, hint: str) -> None:
   """Asserts that a command ended as after a mistake of the user's."""
   assert status == 2, err

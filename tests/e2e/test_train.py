@@ -114,6 +114,24 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished, folder):
   _assert_equal_runs(workdir, finished["sycoca"])
 
 
+def test_a_flipped_bit_costs_the_last_checkpoint_alone(finished, folder):
+  """The others faults are in test_faults.py."""
+  workdir = folder / "flipped"
+  shutil.copytree(finished["clip"], workdir)
+  (workdir / "results.json").unlink()
+  commands.flip_bit(workdir / "checkpoints" / "6")
+  status, _, err = commands.run(
+    "main",
+    "--config=configs/clip.py:debug",
+    f"--workdir={workdir}",
+    *commands.SMALL,
+    cwd=folder,
+  )
+  assert status == 0, err
+  assert f"{workdir}/checkpoints/6 is damaged" in err
+  _assert_equal_runs(workdir, finished["clip"])
+
+
 def test_sigterm_saves_and_exits_75(finished, folder):
   workdir = folder / "preempted"
   args = [
