@@ -64,7 +64,7 @@ def main() -> None:
     found = {"ratios": {name: ratios(name, options.rounds) for name in SHAPES}}
   else:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    found = {"compiled": {name: compiled(name) for name in SHAPES}}
+    found = {"compiled": compiled()}
   record = rounds.record("attention", PACKAGES, found)
   rounds.show_machine(record["machine"])
   show(record)
@@ -123,14 +123,19 @@ def abstract(tree, chip):
   )
 
 
-def compiled(name: str) -> dict:
-  """Returns what is known of each kernel before anything runs."""
-  cores = {}
-  for kernel in ("tpu", "flash"):
-    cores[kernel] = count_words(kernel, name)
-  found = {kernel: stack(kernel, name) for kernel in ("xla", "tpu")}
-  found["tpu"]["cycles"] += cores["tpu"]
-  return {**found, "kernels": cores}
+def compiled() -> dict:
+  """Returns what is known of each shape and kernel before anything runs."""
+  # First of all: one process at a time may have libtpu.
+  kernels = {
+    name: {kernel: count_words(kernel, name) for kernel in ("tpu", "flash")}
+    for name in SHAPES
+  }
+  found = {}
+  for name, words_of in kernels.items():
+    x = {kernel: stack(kernel, name) for kernel in ("xla", "tpu")}
+    x["tpu"]["cycles"] += words_of["tpu"]
+    found[name] = {**x, "kernels": words_of}
+  return found
 
 
 def stack(kernel: str, name: str) -> dict:
