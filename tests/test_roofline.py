@@ -1,5 +1,9 @@
 """What a step costs on chips: sums, bounds, memory, advice."""
 
+import dataclasses
+import json
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -115,3 +119,94 @@ def test_what_is_missing_is_said(monkeypatch):
   monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(UserError, match=r"pip install 'vlp_jax\[tpu\]'"):
     aot.get_devices("v5e:2x2")
+
+
+def _fake(monkeypatch, examined):
+  """Commands see eight chips, and what `examined` says of each mesh."""
+  devices = [types.SimpleNamespace(device_kind="TPU v5 lite")] * 8
+  monkeypatch.setattr(aot, "get_devices", lambda topology: devices)
+  plans = []
+
+  def examine(config, devices, shape):
+    plans.append((shape, config.model.remat))
+    return examined(config, shape)
+
+  monkeypatch.setattr(roofline, "examine", examine)
+  monkeypatch.setattr(roofline, "suggest", lambda *_: "try another mesh")
+  return plans
+
+
+def _found(config, shape):
+  work = [Work("fusion", 400 * 10**12, 10**9, 1, True, None)]
+  report = roofline.Report(
+    method="clip",
+    chips=8,
+    mesh=shape,
+    remat=config.model.remat,
+    batch_size=64,
+    accumulate=1,
+    parameters=1_000_000,
+    fits=True,
+    memory=2**30,
+    state=2**29,
+    model_operations=200 * 10**12,
+  )
+  chip = chips.get("TPU v5 lite")
+  change = roofline.summary(work, report.model_operations, chip)
+  return dataclasses.replace(report, **change)
+
+
+FLAGS = ["--config=configs/clip.py:debug", "--topology=v5e:2x4"]
+
+
+def test_what_the_command_prints_and_writes(monkeypatch, capsys, tmp_path):
+  plans = _fake(monkeypatch, _found)
+  path = tmp_path / "more" / "found.json"
+  aot.main([*FLAGS, f"--output={path}"])
+  assert plans == [((8, 1, 1), "none")]
+  out = capsys.readouterr().out
+  assert "clip: 1,000,000 parameters, 64 examples a step" in out
+  assert "1.0 GiB" in out and "fits" in out and "NOT" not in out
+  assert "400.00 T" in out and "2.00 times are done" in out
+  assert "utilisation at most 50%" in out
+  found = json.loads(path.read_text())
+  assert found["config"] == "configs/clip.py:debug"
+  assert found["topology"] == "v5e:2x4"
+  assert found["reports"][0]["operations"] == 400e12
+
+
+def test_a_mesh_that_is_too_small_comes_with_advice(monkeypatch, capsys):
+  def small(config, shape):
+    report = _found(config, shape)
+    return dataclasses.replace(report, fits=False, seconds={})
+
+  _fake(monkeypatch, small)
+  aot.main(FLAGS)
+  out = capsys.readouterr().out
+  assert "does NOT fit" in out and "try another mesh" in out
+
+
+def test_a_sweep_compares_meshes_and_policies(monkeypatch, capsys):
+  def picky(config, shape):
+    if shape == (2, 4, 1) and config.model.remat == "dots":
+      raise UserError("that cannot be")
+    return _found(config, shape)
+
+  plans = _fake(monkeypatch, picky)
+  aot.main([*FLAGS, "--sweep"])
+  policies = ("none", "dots", "full")
+  assert plans == [
+    (shape, remat) for shape in ((8, 1, 1), (2, 4, 1)) for remat in policies
+  ]
+  out = capsys.readouterr().out
+  assert "left out: that cannot be" in out
+  assert out.count("50%") == 2 * 5  # of each, and in the table at the end
+
+
+def test_an_impossible_mesh_of_one_s_own_is_an_error(monkeypatch):
+  def refuse(config, shape):
+    raise UserError("that cannot be")
+
+  _fake(monkeypatch, refuse)
+  with pytest.raises(UserError, match="that cannot be"):
+    aot.main(FLAGS)
