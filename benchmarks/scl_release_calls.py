@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from vlp_jax.methods.base import Mean, Output
-from vlp_jax.methods.scl import Scl, _patches_at
+from vlp_jax.methods.scl import Scl
 from vlp_jax.models.captioner import unit
 from vlp_jax.ops import masking
 
@@ -70,7 +70,7 @@ class SclReleaseCalls(Scl):
       if image.ndim == 5:
         hidden = jnp.repeat(hidden[:, None], image.shape[1], axis=1)
       _, covered = fuse(text, image, hidden=hidden)
-      rows = [_patches_at(x, draws.patches) for x in (covered, complete)]
+      rows = [x.patches_at(draws.patches) for x in (covered, complete)]
       weights = jnp.ones(rows[0].shape[:2])
       terms["patch"] = self._token_term(*rows, weights, ids)
     return Output(shared, terms, {})

@@ -52,15 +52,13 @@ def test_the_same_wherever_arrays_are(monkeypatch, shape):
 
 def test_every_bit_counts():
   value = np.random.default_rng(1).normal(size=12).astype(np.float32)
-  found = set()
+  before = checksums.of_arrays({"x": jnp.asarray(value)})["x"]
   for place in range(12):
     for bit in range(32):
       bits = value.copy().view(np.uint32)
       bits[place] ^= np.uint32(1 << bit)
       array = jnp.asarray(bits.view(np.float32))
-      found.add(checksums.of_arrays({"x": array})["x"])
-  assert len(found) == 12 * 32
-  assert checksums.of_arrays({"x": jnp.asarray(value)})["x"] not in found
+      assert checksums.of_arrays({"x": array})["x"] != before
 
 
 def test_what_differs_is_named():

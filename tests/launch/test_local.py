@@ -6,7 +6,14 @@ import subprocess
 
 import pytest
 
-from tests.launch.tools import LAUNCH, TOY, environ, launch, wait_for
+from tests.launch.tools import (
+  LAUNCH,
+  TOY,
+  environ,
+  heed_interrupts,
+  launch,
+  wait_for,
+)
 
 
 def done(folder):
@@ -65,6 +72,7 @@ def start(*args):
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
+    preexec_fn=heed_interrupts,
   )
 
 

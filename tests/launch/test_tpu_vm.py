@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from tests.launch.tools import LAUNCH, TOY, environ, wait_for
+from tests.launch.tools import LAUNCH, TOY, environ, heed_interrupts, wait_for
 
 WHERE = ("--name=a run", "--zone=us-east5-b", "--accelerator=v6e-16")
 QUEUED = ("gcloud", "compute", "tpus", "queued-resources")
@@ -110,6 +110,7 @@ def test_an_interrupt_has_the_workers_save(cloud):
     stderr=subprocess.PIPE,
     start_new_session=True,
     text=True,
+    preexec_fn=heed_interrupts,
   )
   for worker in ("0.0", "0.1"):
     wait_for(folder / f"at-2-{worker}")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,11 @@ def environ(**more: str) -> dict[str, str]:
   python = pathlib.Path(sys.executable).parent
   path = f"{HERE / 'bin'}:{python}:{os.environ['PATH']}"
   return {**os.environ, "PATH": path, **more}
+
+
+def heed_interrupts() -> None:
+  """Has a process hear SIGINT, which what runs in the background may ignore."""
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def launch(script: str, *args, cwd=None, **env: str):
