@@ -8,7 +8,7 @@ import pytest
 
 from tests import toys
 from vlp_jax import config as config_lib
-from vlp_jax import evaluate, export
+from vlp_jax import aot, evaluate, export
 from vlp_jax.convert import albef as convert_albef
 from vlp_jax.convert import scl as convert_scl
 from vlp_jax.data import build, one_frame, train_tokenizer
@@ -49,6 +49,9 @@ def test_commands_are_understood(page):
     if module == "main":
       config, _ = config_lib.parse_command_line(args, {"workdir": ""}, "")
       assert config.method.name
+    elif module == "aot":
+      _, flags = config_lib.parse_command_line(args, aot.FLAGS, "")
+      assert flags["topology"]
     elif module == "convert.albef":
       _, flags = config_lib.parse_command_line(args, convert_albef.FLAGS, "")
       assert flags["output"]
