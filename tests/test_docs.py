@@ -7,8 +7,8 @@ import shlex
 import pytest
 
 from tests import toys
-from vlp_jax import config as config_lib
 from vlp_jax import aot, evaluate, export
+from vlp_jax import config as config_lib
 from vlp_jax.convert import albef as convert_albef
 from vlp_jax.convert import scl as convert_scl
 from vlp_jax.data import build, one_frame, train_tokenizer
