@@ -49,6 +49,9 @@ def test_commands_are_understood(page):
     if module == "main":
       config, _ = config_lib.parse_command_line(args, {"workdir": ""}, "")
       assert config.method.name
+    elif module == "aot":
+      _, flags = config_lib.parse_command_line(args, aot.FLAGS, "")
+      assert flags["topology"]
     elif module == "convert.albef":
       _, flags = config_lib.parse_command_line(args, convert_albef.FLAGS, "")
       assert flags["output"]

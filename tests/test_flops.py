@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from tests import toys
 from vlp_jax import flops, sharding, skips, train_state, train_step
 from vlp_jax.models.transformer import Transformer
+from vlp_jax.ops import attention
 
 
 def _array(*shape):
@@ -158,7 +159,7 @@ def test_a_step_of_clip_by_hand():
   vision = _transformer_by_hand(batch, toys.PATCHES + 1, width, 1)
   text = _transformer_by_hand(batch, toys.LENGTH, width, 1)
   projections = 2 * (2 * batch * width * embed)
-  similarity = 2 * batch**2 * embed
+  similarity = 2 * (2 * batch**2 * embed)  # in rows of either side
   got = flops.model_flops(method, train_state.batch_spec(config))
   # Pixels have no gradient.
   assert got == 2 * patches + 3 * (vision + text + projections + similarity)
@@ -171,6 +172,17 @@ def test_model_operations_know_no_recomputation():
     for items in ((), ("model.remat=full", "model.scan=true"))
   }
   assert len(counts) == 1
+
+
+@pytest.mark.parametrize("kernel, on", [("tpu", "tpu"), ("cudnn", "cuda")])
+def test_model_operations_know_no_kernel(monkeypatch, kernel, on):
+  spec = train_state.batch_spec(toys.config("clip"))
+  want = flops.model_flops(toys.method("clip"), spec)
+  monkeypatch.setattr(attention, "platform", lambda: on)
+  items = (f"model.attention={kernel}", "model.dtype=bfloat16")
+  with attention.choices() as found:
+    assert flops.model_flops(toys.method("clip", *items), spec) == want
+  assert {choice.kernel for choice in found} == {"xla"}
 
 
 def test_a_small_step_costs_what_xla_says():

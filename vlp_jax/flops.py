@@ -17,7 +17,7 @@ import numpy as np
 from jax.extend import core
 
 from vlp_jax.methods.base import Batch, Context, Method
-from vlp_jax.ops import rng
+from vlp_jax.ops import attention, rng
 
 
 def count(function: Callable, *args: Any) -> int:
@@ -39,12 +39,13 @@ def count(function: Callable, *args: Any) -> int:
   return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
+@attention.by_xla()
 def model_flops(method: Method, batch: Batch) -> int:
   """Counts the model operations of a training step, of all devices.
 
   Those of the losses and their gradient, for the whole batch at once and
-  without recomputation: neither `model.remat` nor `accumulate` changes them.
-  The optimizer's are left out.
+  without recomputation: neither `model.remat`, `model.attention` nor
+  `accumulate` changes them. The optimizer's are left out.
 
   Args:
     method: the method.

@@ -33,7 +33,7 @@ RUN = (
   "--config.model.vision.depth=1",
   *commands.no_evaluations("configs/clip.py:debug"),
 )
-PATIENCE = 200  # seconds
+PATIENCE = 600  # seconds, where others share the cores
 _TMP = ".orbax-checkpoint-tmp"
 
 
@@ -79,9 +79,21 @@ def undisturbed(folder):
   return _finish(folder / "undisturbed")[0]
 
 
+_started = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_running():
+  yield
+  while _started:
+    _started.pop().kill()
+
+
 def _start(workdir, *args, **environ):
   arguments = (*RUN, *args, f"--workdir={workdir}")
-  return commands.start("main", *arguments, cwd=workdir.parent, **environ)
+  process = commands.start("main", *arguments, cwd=workdir.parent, **environ)
+  _started.append(process)
+  return process
 
 
 def _finish(workdir, *args, **environ):

@@ -27,6 +27,7 @@ class Choice(NamedTuple):
 
 
 _choices = contextvars.ContextVar("choices", default=None)
+_by_xla = contextvars.ContextVar("by_xla", default=False)
 
 
 def platform() -> str:
@@ -110,6 +111,19 @@ def choices() -> Iterator[dict[Choice, None]]:
     _choices.reset(token)
 
 
+@contextlib.contextmanager
+def by_xla() -> Iterator[None]:
+  """Has XLA compute all attention that is traced in the context.
+
+  For what looks at products one by one, which a kernel hides.
+  """
+  token = _by_xla.set(True)
+  try:
+    yield
+  finally:
+    _by_xla.reset(token)
+
+
 def attend(
   q_BTNH: jax.Array,
   k_BSNH: jax.Array,
@@ -139,7 +153,7 @@ def attend(
     free when unused); None if a fused kernel was chosen, which has none.
   """
   choice = choose(
-    kernel,
+    "xla" if _by_xla.get() else kernel,
     platform(),
     q_BTNH,
     k_BSNH,
