@@ -24,13 +24,13 @@ _ONE = ("--config.accumulate=1", "--config.model.remat=dots")
 # Config, mesh, and what else is changed. Parameters are split over as few chips
 # as hold them; nothing is computed again where there is room.
 _PLANS = (
-  ("sycoca.py:b16", "64,4,1", _WHOLE),
+  ("sycoca.py:b16", "16,16,1", _WHOLE),
   ("sycoca.py:l14", "16,16,1", _WHOLE),
-  ("coca.py:b16", "64,4,1", _WHOLE),
+  ("coca.py:b16", "16,16,1", _WHOLE),
   ("coca.py:l14", "256,1,1", ("--config.accumulate=8",)),
-  ("simla.py:b16", "64,4,1", ("--config.model.remat=none",)),
+  ("simla.py:b16", "16,16,1", ("--config.model.remat=none",)),
   ("simla.py:l14", "16,16,1", ("--config.model.remat=none",)),
-  ("scl.py:b16", "64,4,1", _ONE),
+  ("scl.py:b16", "16,16,1", _ONE),
   ("scl.py:l14", "16,16,1", _ONE),
 )
 ROWS = (
