@@ -135,6 +135,35 @@ def test_programs_for_tpus():
   assert gather.collective.sent == 3 * 2 * 5 * 2
 
 
+# A sum of which each chip keeps a part, twice: TPUs number none of them.
+SCATTER = """
+HloModule jit_step
+
+%scatter (s0: bf16[8,5]) -> bf16[2,5] {
+  %s0 = bf16[8,5]{1,0} parameter(0)
+  %ar = bf16[8,5]{1,0} all-reduce(%s0), channel_id=1, replica_groups=[4,4]<=[16], to_apply=%add
+  %me = u32[] partition-id()
+  %zero = u32[] constant(0)
+  ROOT %part = bf16[2,5]{1,0} dynamic-slice(%ar, %me, %zero), dynamic_slice_sizes={2,5}
+}
+
+ENTRY %main (a: bf16[8,5], b: bf16[8,5]) -> (bf16[2,5], bf16[2,5]) {
+  %a = bf16[8,5]{1,0} parameter(0)
+  %b = bf16[8,5]{1,0} parameter(1)
+  %first = bf16[2,5]{1,0} fusion(%a), kind=kCustom, calls=%scatter
+  %second = bf16[2,5]{1,0} fusion(%b), kind=kCustom, calls=%scatter
+  ROOT %both = (bf16[2,5]{1,0}, bf16[2,5]{1,0}) tuple(%first, %second)
+}
+"""  # noqa: E501
+
+
+def test_sums_that_are_cut_are_scattered():
+  work = list(hlo.Module(SCATTER).work())
+  one = hlo.Collective("reduce-scatter", 8 * 5 * 2, 4)
+  assert [w.collective for w in work] == [one, one]
+  assert one.sent == 3 / 4 * 8 * 5 * 2
+
+
 @pytest.mark.parametrize(
   "kind, sent",
   [

@@ -275,8 +275,12 @@ class Module:
       return None
     for name in _called(one):
       inner = self.computations[name]
+      cut = any(nested.opcode == "dynamic-slice" for nested in inner.values())
       for nested in inner.values():
         found = self._collective(nested, inner)
+        if found and found.kind == "all-reduce" and cut:
+          # As TPUs write it; their channels are not numbered.
+          return found._replace(kind="reduce-scatter", channel=0)
         if found:
           return found
     return None
