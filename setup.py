@@ -10,7 +10,7 @@ _VIDEO = "av>=14.0"
 setup(
   name="vlp_jax",
   version="0.1.0",
-  description="Vision-language pretraining in JAX: SyCoCa, SIMLA and baselines",
+  description="Vision-language pretraining in JAX: SyCoCa, SIMLA, SCL",
   long_description=pathlib.Path(__file__).with_name("README.md").read_text()
   if pathlib.Path(__file__).with_name("README.md").exists()
   else "",

@@ -22,9 +22,14 @@ class Clock:
 
 def test_rates():
   clock = Clock()
-  speed = throughput.Throughput(
-    8, model_flops=3e12, peak_flops=1e13, clock=clock, age=10.0
-  )
+
+  def model_flops():
+    clock.now += 1000.0  # counted once, as no part of a step
+    counted.append(3e12)
+    return counted[0]
+
+  counted = []
+  speed = throughput.Throughput(8, model_flops, 1e13, clock, age=10.0)
 
   def step(wait, compute):
     with speed.waiting():
@@ -51,13 +56,14 @@ def test_rates():
     "time/goodput": 8 / 550,
   }
   step(0.0, 1.0)
+  assert len(counted) == 1
   assert speed.rates() == {
     "time/examples_per_second": 8.0,
     "time/model_tflops_per_second": 3.0,
     "time/mfu": 0.3,
     "time/data_wait": 0.0,
     "time/checkpoint_stall": 0.0,
-    "time/goodput": 9 / 551,
+    "time/goodput": 9 / 1551,
   }
   assert speed.seconds_per_step() == 9 / 5
   assert speed.rates() == {}
@@ -65,7 +71,7 @@ def test_rates():
 
 def test_utilisation_needs_a_known_chip():
   clock = Clock()
-  speed = throughput.Throughput(8, 3e12, None, clock)
+  speed = throughput.Throughput(8, clock=clock)
   for _ in range(2):
     clock.now += 1
     speed.step()

@@ -1,4 +1,4 @@
-"""Vision-language pretraining in JAX: SyCoCa, CoCa, CLIP.
+"""Vision-language pretraining in JAX: SyCoCa, SIMLA, SCL, CoCa, ALBEF, CLIP.
 
 Train with `python -m vlp_jax.main`, export with `python -m vlp_jax.export`,
 and use the result with `vlp_jax.load`.

@@ -125,7 +125,7 @@ class Progress:
     batch_size: float,
     start: int = 0,
     interval: float = 5.0,
-    **work: float | None,
+    **work: Any,
   ):
     self._total_steps = total_steps
     self._batch_size = batch_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,8 @@ class Throughput:
 
   Args:
     batch_size: examples of a step, on average.
-    model_flops: operations of a step, on average; see `flops.model_flops`.
+    model_flops: returns the operations of a step, on average; called when they
+      are first told, in a pause: counting takes seconds.
     peak_flops: operations a second of all devices; None if that is not known.
     clock: seconds.
     age: seconds since the process began.
@@ -24,7 +26,7 @@ class Throughput:
   def __init__(
     self,
     batch_size: float,
-    model_flops: float = 0.0,
+    model_flops: Callable[[], float] = lambda: 0.0,
     peak_flops: float | None = None,
     clock: Callable[[], float] = time.monotonic,
     age: float = 0.0,
@@ -78,6 +80,11 @@ class Throughput:
     steps, seconds = self._total
     return seconds / steps if steps else None
 
+  @functools.cached_property
+  def _work(self) -> float:
+    with self.paused():
+      return self._model_flops()
+
   def rates(self) -> dict[str, float]:
     """Returns the rates since the last call, by the names of docs/metrics.md.
 
@@ -91,16 +98,16 @@ class Throughput:
     steps, seconds, waited = self._window
     if not steps or seconds <= 0:
       return found
-    now, speed = self._clock(), steps / seconds
+    now, speed, work = self._clock(), steps / seconds, self._work
     found |= {
       "time/examples_per_second": speed * self._batch_size,
-      "time/model_tflops_per_second": speed * self._model_flops / 1e12,
+      "time/model_tflops_per_second": speed * work / 1e12,
       "time/data_wait": min(waited / seconds, 1.0),
       "time/checkpoint_stall": self._stalled / (now - self._told),
       "time/goodput": self._total[1] / (now - self._started),
     }
     if self._peak_flops:
-      found["time/mfu"] = speed * self._model_flops / self._peak_flops
+      found["time/mfu"] = speed * work / self._peak_flops
     self._window = [0, 0.0, 0.0]
     self._told, self._stalled = now, 0.0
     return found

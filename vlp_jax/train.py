@@ -7,6 +7,8 @@ import functools
 import os
 import time
 from collections.abc import Sequence
+from concurrent import futures
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -74,8 +76,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
       tokenizer_lib.warn_cut(tokenizer, stream.source, config)
 
   create = functools.partial(train_state.of_config, config, method, optimizer)
-  abstract = jax.eval_shape(create)
-  shardings = sharding.shardings_for(abstract, mesh)
+  abstract = sharding.with_shardings(jax.eval_shape(create), mesh)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
   blocks, num_blocks = sharding.host_blocks(mesh)
   checkpoints = checkpoint_lib.Checkpointer(
     workdir / "checkpoints",
@@ -88,21 +90,27 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
   hosts.check_same(
     {"config": config.to_json(), "data": fingerprint, "checkpoint": last}
   )
-  if last is None:
-    state, meta = jax.jit(create, out_shardings=shardings)(), {}
-    pictures = functools.partial(pipeline.pictures, source, config)
-    state = train_state.start(method, state, shardings, pictures)
-  else:
-    state, meta = checkpoints.restore(sharding.with_shardings(abstract, mesh))
-    check_fingerprint(meta["fingerprint"], fingerprint)
-  seconds = meta.get("seconds", 0.0)
-  start = int(state.step)
   step_fns = [
     train_step.jit_step(config, one, optimizer, mesh, shardings)
     for one in of_streams
   ]
-  announce(method, state.params, streams, mesh, start, total_steps)
-  announce_attention(step_fns, state, streams, mesh)
+  if last is None:
+    with futures.ThreadPoolExecutor(1) as pool:  # compiles beside the tracing
+      making = pool.submit(
+        jax.jit(create, out_shardings=shardings, compiler_options=runs_once())
+      )
+      announce(method, abstract.params, streams, mesh, 0, total_steps)
+      announce_attention(step_fns, abstract, streams, mesh)
+      state, meta = making.result(), {}
+    pictures = functools.partial(pipeline.pictures, source, config)
+    state = train_state.start(method, state, shardings, pictures)
+  else:
+    state, meta = checkpoints.restore(abstract)
+    check_fingerprint(meta["fingerprint"], fingerprint)
+    announce(method, state.params, streams, mesh, last, total_steps)
+    announce_attention(step_fns, state, streams, mesh)
+  seconds = meta.get("seconds", 0.0)
+  start = int(state.step)
 
   writer = metrics.Writer(workdir, start)
   examples = joint.examples_a_step(streams)
@@ -207,6 +215,16 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
   return results
 
 
+def runs_once() -> dict[str, Any]:
+  """XLA's options for a program that takes longer to compile than to run."""
+  if jax.default_backend() != "cpu":
+    return {}
+  return {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+  }
+
+
 def build_methods(
   config: ConfigDict, parts: Sequence[tuple[str, float, ConfigDict]]
 ) -> list[Method]:
@@ -234,18 +252,19 @@ def build_methods(
 
 def work(
   of_streams: Sequence[Method], streams: Sequence[joint.Stream], mesh
-) -> dict[str, float | None]:
-  """Returns the operations of a mean step, and what the mesh could do."""
-  counts = [
-    stream.share
-    * flops.model_flops(method, train_state.batch_spec(stream.config))
-    for method, stream in zip(of_streams, streams, strict=True)
-  ]
+) -> dict[str, Any]:
+  """What counts the operations of a mean step, and what the mesh could do."""
+
+  def model_flops() -> float:
+    return sum(
+      stream.share
+      * flops.model_flops(method, train_state.batch_spec(stream.config))
+      for method, stream in zip(of_streams, streams, strict=True)
+    )
+
   chip = chips.get(mesh.devices.flat[0].device_kind)
-  return {
-    "model_flops": sum(counts),
-    "peak_flops": chip and chip.flops * mesh.size,
-  }
+  peak = chip and chip.flops * mesh.size
+  return {"model_flops": model_flops, "peak_flops": peak}
 
 
 def is_due(step: int, every_steps: int, total_steps: int) -> bool:
