@@ -2,9 +2,11 @@
 
   python -m benchmarks.train_step                        about ten minutes
   python -m benchmarks.train_step --rounds=2 --steps=3   does it run at all
+  python -m benchmarks.train_step --size=s16 --batch_size=16 --steps=2
 
 A step is forward, backward, clipping to a norm of 1 and AdamW, in float32, on
-one batch that lies in memory. Sizes are those of `configs/coca.py` (`tiny`).
+one batch that lies in memory. Sizes are those of `configs/coca.py` (`tiny`), or
+ViT-S/16's at 224 pixels (`s16`), of which only the first three are compared.
 The contenders:
 
   open_clip          its CoCa and losses, eager as it trains by default, with
@@ -48,6 +50,18 @@ SAME = (  # as open_clip's `coca_base`
   "model.text.pool=cls",
   "model.decoder.cross_mlp=true",
 )
+# ViT-S/16 (Steiner et al. 2021), and a text tower and a decoder as wide.
+S16 = (
+  "data.image_size=224",
+  "model.vision.patch_size=16",
+  *(f"model.{name}.width=384" for name in ("vision", "text", "decoder")),
+  *(f"model.{name}.num_heads=6" for name in ("vision", "text", "decoder")),
+  *("model.vision.depth=12", "model.text.depth=6", "model.decoder.depth=6"),
+  *("model.pooler.width=384", "model.pooler.num_heads=6"),
+  *("model.embed_dim=384", "model.text.max_len=76", "tokenizer.max_len=76"),
+  "tokenizer.vocab_size=32000",
+)
+SIZES = {"tiny": (), "s16": S16}
 # Name: config, overrides, whether there is one device a core.
 OURS = {
   "coca_base": ("configs/coca.py", SAME, False),
@@ -72,12 +86,16 @@ RESULTS = rounds.RESULTS / "train_step.jsonl"
 def main() -> None:
   options = parse()
   if options.worker:
-    make = make_peer if options.worker in PEERS else make_ours
-    facts, run = make(options)
+    if options.worker in PEERS:
+      facts, run = make_peer(load_config("coca_base", options))
+    else:
+      devices = rounds.cores() if OURS[options.worker][2] else 1
+      facts, run = make_ours(load_config(options.worker, options), devices)
     run(3)
     rounds.serve(facts, run)
     return
-  names = [*(PEERS if open_clip_peer.available() else ()), *OURS]
+  ours = OURS if options.size == "tiny" else ("coca_base",)
+  names = [*(PEERS if open_clip_peer.available() else ()), *ours]
   facts, seconds = rounds.compare(names, start, options.rounds, options.steps)
   record = summarize(options, facts, seconds)
   show(record)
@@ -98,17 +116,21 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--rounds", type=int, default=9)
   parser.add_argument("--steps", type=int, default=20, help="a round")
   parser.add_argument("--batch_size", type=int, default=64)
+  parser.add_argument("--size", choices=SIZES, default="tiny")
   parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
   parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
   return parser.parse_args()
 
 
-def load_config(name: str, batch_size: int):
+def load_config(name: str, options: argparse.Namespace, *more: str):
+  """Loads the config of one of ours, with more overrides."""
   from vlp_jax import config as config_lib
 
   file, overrides, _ = OURS[name]
-  common = (f"batch_size={batch_size}", "optimizer.name=adamw")
-  return config_lib.load(file, (*common, *overrides))
+  common = (f"batch_size={options.batch_size}", "optimizer.name=adamw")
+  return config_lib.load(
+    file, (*common, *SIZES[options.size], *overrides, *more)
+  )
 
 
 def make_batch(config) -> dict:
@@ -129,17 +151,16 @@ def make_batch(config) -> dict:
   )
 
 
-def make_ours(options: argparse.Namespace):
+def make_ours(config, devices: int):
+  """Returns facts of the compiled step, and what runs so many steps."""
   import jax
 
-  devices = rounds.cores() if OURS[options.worker][2] else 1
   jax.config.update("jax_num_cpu_devices", devices)
 
   from vlp_jax import config as config_lib
   from vlp_jax import optim, sharding, train_state, train_step
   from vlp_jax.methods import base
 
-  config = load_config(options.worker, options.batch_size)
   config_lib.validate(config, devices)
   method = base.get(config.method.name, config)
   mesh = sharding.make_mesh(config_lib.mesh_shape(config, devices))
@@ -153,7 +174,7 @@ def make_ours(options: argparse.Namespace):
   state = jax.jit(create, out_shardings=shardings)()
   batch = sharding.put_batch(make_batch(config), mesh)
   step = train_step.make_train_step(
-    method, optimizer, accumulate=1, mesh=mesh, ema_decay=0.0
+    method, optimizer, accumulate=config.accumulate, mesh=mesh, ema_decay=0.0
   )
   compiled = (
     jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
@@ -172,11 +193,11 @@ def make_ours(options: argparse.Namespace):
   return dict(parameters=parameters, gflop=flops / 1e9), run
 
 
-def make_peer(options: argparse.Namespace):
+def make_peer(config):
+  """The same of open_clip's CoCa, at the sizes of a config."""
   import torch
 
   torch.set_num_threads(rounds.cores())
-  config = load_config("coca_base", options.batch_size)
   model = open_clip_peer.build(config).train()
   weights = config.method
   loss = open_clip_peer.load().CoCaLoss(
@@ -234,6 +255,7 @@ def summarize(options, facts: dict, seconds: dict) -> dict:
       rounds=options.rounds,
       steps=options.steps,
       batch_size=options.batch_size,
+      size=options.size,
       rows=rows,
       ratios=rounds.ratios(RATIOS, seconds),
     ),
@@ -243,8 +265,8 @@ def summarize(options, facts: dict, seconds: dict) -> dict:
 def show(record: dict) -> None:
   rounds.show_machine(record["machine"])
   print(
-    f"batch of {record['batch_size']}, {record['rounds']} rounds of "
-    f"{record['steps']} steps\n"
+    f"{record['size']}, batch of {record['batch_size']}, {record['rounds']} "
+    f"rounds of {record['steps']} steps\n"
   )
   print(
     f"{'':20}{'parameters':>12}{'GFLOP':>8}{'ms/step':>10}{'examples/s':>12}"

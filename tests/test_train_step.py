@@ -178,17 +178,24 @@ def test_meshes_and_chunks(name, mesh, accumulate, monkeypatch):
   toys.assert_gradients_close(gradient, expected_gradient)
 
 
-def test_chunks_need_less_memory():
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=() if name == "clip" else pytest.mark.slow)
+    for name in METHODS
+  ],
+)
+def test_chunks_need_less_memory(name):
   """Where activations dominate: an eighth of them, and what chunks cost."""
-  method, params = toys.method("clip"), toys.shapes("clip")
+  method = toys.method(*METHODS[name])
   optimizer = skips.skip_nonfinite(optax.sgd(0.1))
-  spec = train_state.batch_spec(toys.config("clip", "batch_size=512"))
+  spec = train_state.batch_spec(toys.config(*METHODS[name], "batch_size=512"))
+  state = start_of(name, optimizer)
 
   def size(accumulate):
     step = train_step.make_train_step(
       method, optimizer, accumulate=accumulate, mesh=_mesh(), ema_decay=0.0
     )
-    state = jax.eval_shape(functools.partial(_start, optimizer), params)
     compiled = toys.jit(step, donate_argnums=0).lower(state, spec).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
