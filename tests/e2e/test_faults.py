@@ -235,7 +235,10 @@ def _flip_metadata(checkpoint):
 
 @pytest.fixture(scope="module")
 def interrupted(folder):
-  """A run that was killed on its way, with two checkpoints."""
+  """A run that was killed on its way, with two checkpoints.
+
+  Or with three: where it was killed before it had removed the oldest.
+  """
   workdir = folder / "interrupted"
   process = _until(workdir, "step", 100)
   process.send_signal(signal.SIGKILL)
@@ -260,7 +263,7 @@ def test_a_damaged_checkpoint(table, undisturbed, interrupted, folder, harm):
   steps = [
     path for path in workdir.glob("checkpoints/*") if path.name.isdigit()
   ]
-  assert len(steps) == 2
+  assert len(steps) in (2, 3)
   last = max(steps, key=lambda path: int(path.name))
   table.tried(fault)
   harm(last)
