@@ -157,6 +157,19 @@ ENTRY %main (a: bf16[8,5], b: bf16[8,5]) -> (bf16[2,5], bf16[2,5]) {
 """  # noqa: E501
 
 
+def test_kernels_are_named():
+  text = """
+HloModule m
+
+ENTRY %main (a: bf16[8,5]) -> bf16[8,5] {
+  %a = bf16[8,5]{1,0} parameter(0)
+  ROOT %k = bf16[8,5]{1,0} custom-call(%a), custom_call_target="tpu_custom_call"
+}
+"""
+  (one,) = hlo.Module(text).work()
+  assert one == hlo.Work("kernel", 0, 2 * 8 * 5 * 2, 1, True, None)
+
+
 def test_sums_that_are_cut_are_scattered():
   work = list(hlo.Module(SCATTER).work())
   one = hlo.Collective("reduce-scatter", 8 * 5 * 2, 4)

@@ -28,11 +28,13 @@ def test_bounds_by_hand():
     Work("copy-start", 0, 50, 1, False, None),
     # 2 x 3/4 x 40 bytes over four links, twice.
     Work("all-reduce", 0, 0, 2, True, Collective("all-reduce", 40, 4)),
+    Work("kernel", 0, 0, 5, True, None),
   ]
   found = roofline.summary(work, 400.0, CHIP)
   assert found["operations"] == 600 and found["moved"] == 120
   assert found["sent"] == {"all-reduce": 120}
   assert found["collectives"] == {"all-reduce": 2}
+  assert found["kernels"] == 5
   assert found["seconds"] == {
     "model": 4.0,
     "operations": 6.0,

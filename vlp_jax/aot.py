@@ -161,6 +161,8 @@ def show(report: Report, chip: chips.Chip) -> None:
       f"{again:.2f} times are done",
     )
     row("HBM", f"{report.moved / 1e9:.1f} GB", seconds["hbm"])
+    if report.kernels:
+      row("kernels", f"{report.kernels} times", note="are not counted here")
     row("one by one", "", seconds["instructions"], "the longer of both, each")
     for kind, size in report.sent.items():
       number = f"{report.collectives[kind]} times"

@@ -32,7 +32,8 @@ _GIB = 2**30
 # v4", table 4.
 _V4 = Chip(275e12, 32 * _GIB, 1200e9, 50e9, 6)
 # https://docs.cloud.google.com/tpu/docs/v5e: 400 GB/s both ways, over 4 ports.
-_V5E = Chip(197e12, 16e9, 819e9, 50e9, 4)
+# Its 16 GB are GiB, of which XLA takes 15.75 to be free.
+_V5E = Chip(197e12, 16 * _GIB, 819e9, 50e9, 4)
 # https://docs.cloud.google.com/tpu/docs/v5p: 1,200 GB/s both ways, a 3D torus.
 _V5P = Chip(459e12, 95 * _GIB, 2765e9, 100e9, 6)
 # https://docs.cloud.google.com/tpu/docs/v6e: 800 GB/s both ways, over 4 ports.

@@ -26,6 +26,7 @@ _FREE = (
   *("partition-id", "replica-id", "after-all", "iota", "opt-barrier"),
 )
 _CALLS = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
+_KERNEL = 'custom_call_target="tpu_custom_call"'
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -83,7 +84,7 @@ class Work(NamedTuple):
   """An instruction that does something.
 
   Attributes:
-    opcode: of HLO.
+    opcode: of HLO; or "kernel", a program of its own that is not looked into.
     operations: multiplications and additions of its matrix products.
     hbm_bytes: that it reads from HBM and writes there.
     times: how often it runs.
@@ -153,7 +154,7 @@ class Module:
         elif collective and collective.channel:
           channels.add(collective.channel)
         yield Work(
-          one.opcode,
+          "kernel" if _KERNEL in one.rest else one.opcode,
           self._operations(one, computation),
           self._hbm_bytes(one, computation),
           times,

@@ -41,6 +41,7 @@ class Report:
     moved: bytes read from HBM and written there.
     sent: bytes sent to other chips, by kind of collective.
     collectives: how often they run, by kind.
+    kernels: how often a kernel runs, whose operations are not counted.
     seconds: what takes how long at least, see `bounds`.
     compile_seconds: of tracing and compiling, on this machine.
   """
@@ -60,6 +61,7 @@ class Report:
   moved: float = 0.0
   sent: dict[str, float] = dataclasses.field(default_factory=dict)
   collectives: dict[str, int] = dataclasses.field(default_factory=dict)
+  kernels: int = 0
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
   compile_seconds: float = 0.0
 
@@ -204,6 +206,7 @@ def summary(
     "moved": moved,
     "sent": dict(sent),
     "collectives": dict(number),
+    "kernels": sum(one.times for one in work if one.opcode == "kernel"),
     "seconds": seconds,
   }
 
