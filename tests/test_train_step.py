@@ -57,6 +57,8 @@ METHODS = {
     "method.decoders=shared",
   ),
   "albef": ("albef",),
+  # Groups that reach over devices.
+  "albef_groups": ("albef", "method.match_group=32"),
   "simla": ("simla",),
   "scl": ("scl", "method.patch_weight=0.2", "method.token_weight=0.2"),
 }
@@ -71,17 +73,20 @@ QUICK = {
   ("sycoca", (2, 2, 2), 8),
   ("sycoca_tokens_random", (1, 8, 1), 2),
   ("albef", (8, 1, 1), 2),
+  ("albef_groups", (2, 2, 2), 1),
   ("simla", (2, 2, 2), 4),
   ("scl", (2, 2, 2), 4),
 }
 CASES = [
   pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
   for case in itertools.product(METHODS, [ONE, *MESHES], CHUNKS)
-  # Groups of four that share negatives are not cut.
+  # Groups that share negatives are not cut: those of four by nothing, those of
+  # 32 by no chunk, which takes some rows of each device.
   if case[1:] != (ONE, 1)
   and not (
     case[0] in ("albef", "simla", "scl") and np.prod(case[1][:2]) * case[2] > 16
   )
+  and not (case[0] == "albef_groups" and case[2] > 1)
 ]
 
 

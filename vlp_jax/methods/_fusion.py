@@ -16,7 +16,7 @@ from vlp_jax.losses import distillation, matching
 from vlp_jax.methods._matcher import Matcher, stack_rows, unstack_rows
 from vlp_jax.methods.base import Batch, Coupled, Mean, Params
 from vlp_jax.models.transformer import take_rows
-from vlp_jax.ops import masking, rng, token_mask
+from vlp_jax.ops import layout, masking, rng, token_mask
 from vlp_jax.ops.rows import Rows, map_rows
 from vlp_jax.ops.token_mask import HiddenWords
 
@@ -219,7 +219,9 @@ class FusionMethod(Matcher):
   def fuse(self, params, patches, text, hidden, text_len, negatives, key):
     """Lets captions attend to pictures, four ways in one pass.
 
-    Keys and values of a picture are made once for all.
+    Keys and values of a picture are made once for all, if a device holds whole
+    groups. Else what travels is the pictures, once, and not their keys and
+    values in every layer.
 
     Args:
       params: parameters.
@@ -237,6 +239,10 @@ class FusionMethod(Matcher):
     """
     (pictures, _), (captions, _) = negatives
     own = jnp.broadcast_to(jnp.arange(self.match_group), pictures.shape)
+    shown = patches
+    if not layout.holds_groups(len(patches), self.match_group):
+      shown = stack_rows(patches, take_rows(patches, pictures))
+      own, pictures = (jnp.full((len(patches), 1), i) for i in range(2))
     ways = [
       (own, text, text_len),
       (pictures, text, text_len),
@@ -250,7 +256,7 @@ class FusionMethod(Matcher):
       "text_given_image",
       stack_rows(*texts),
       stack_rows(*lengths),
-      self.apply(params, "project", patches),
+      self.apply(params, "project", shown),
       jnp.stack(rows, axis=-1).reshape(len(own), -1),
       dropout=key,
     )

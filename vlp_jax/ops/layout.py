@@ -40,3 +40,14 @@ def keep_rows(x: jax.Array) -> jax.Array:
   free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
   spec = PartitionSpec(sharding.spec[0], *free)
   return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
+
+
+def holds_groups(rows: int, group: int) -> bool:
+  """Tells whether devices hold whole groups of a batch's consecutive rows.
+
+  Args:
+    rows: of the batch, or of a chunk of it.
+    group: rows of a group.
+  """
+  count = rows_lib.devices(_SHARDING.get())
+  return count == 1 or rows % (count * group) == 0
