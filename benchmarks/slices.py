@@ -29,7 +29,7 @@ _PLANS = (
   ("sycoca.py:b16", "16,16,1", (*_WHOLE, *_KEEP)),
   ("sycoca.py:l14", "16,16,1", _WHOLE),
   ("coca.py:b16", "16,16,1", (*_WHOLE, *_KEEP)),
-  ("coca.py:l14", "256,1,1", ("--config.accumulate=32",)),
+  ("coca.py:l14", "256,1,1", ("--config.accumulate=8",)),
   ("simla.py:b16", "256,1,1", _KEEP),
   ("simla.py:l14", "64,4,1", ()),
   ("scl.py:b16", "256,1,1", (*_ONE, *_KEEP)),
