@@ -24,15 +24,15 @@ _KEEP = ("--config.model.remat=none",)
 _ONE = ("--config.accumulate=1",)
 # Config, mesh, and what else is changed. Parameters are split over few chips
 # where a step has many passes, each of which gathers them, and over none where
-# they are few; what HBM would take longer to bring is computed again.
+# there are many chunks; what HBM would take longer to bring is computed again.
 _PLANS = (
   ("sycoca.py:b16", "16,16,1", (*_WHOLE, *_KEEP)),
   ("sycoca.py:l14", "16,16,1", _WHOLE),
   ("coca.py:b16", "16,16,1", (*_WHOLE, *_KEEP)),
   ("coca.py:l14", "256,1,1", ("--config.accumulate=8",)),
-  ("simla.py:b16", "256,1,1", _KEEP),
+  ("simla.py:b16", "64,4,1", _KEEP),
   ("simla.py:l14", "64,4,1", ()),
-  ("scl.py:b16", "256,1,1", (*_ONE, *_KEEP)),
+  ("scl.py:b16", "64,4,1", (*_ONE, *_KEEP)),
   ("scl.py:l14", "64,4,1", _ONE),
 )
 ROWS = (

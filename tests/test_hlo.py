@@ -131,7 +131,9 @@ def test_programs_for_tpus():
   slice_of_weights = next(w for w in work if w.opcode == "fusion")
   assert slice_of_weights.hbm_bytes == 4 * 5 * 2 + 4  # and which one
   (gather,) = [w for w in work if w.collective]
-  assert gather.collective == hlo.Collective("all-gather", 2 * 5 * 2, 4, 7)
+  assert gather.collective == hlo.Collective(
+    "all-gather", 2 * 5 * 2, 4, 7, begins=True
+  )
   assert gather.collective.sent == 3 * 2 * 5 * 2
 
 
@@ -155,6 +157,69 @@ ENTRY %main (a: bf16[8,5], b: bf16[8,5]) -> (bf16[2,5], bf16[2,5]) {
   ROOT %both = (bf16[2,5]{1,0}, bf16[2,5]{1,0}) tuple(%first, %second)
 }
 """  # noqa: E501
+
+
+# A gather that is begun before a loop, and goes on beside its products.
+BESIDE = """
+HloModule jit_step, is_scheduled=true
+
+%start (q0: bf16[2,5]) -> (bf16[2,5], bf16[8,5]) {
+  %q0 = bf16[2,5]{1,0} parameter(0)
+  %ag.1 = bf16[8,5]{1,0} all-gather(%q0), channel_id=7, replica_groups=[4,4]<=[16], dimensions={0}
+  ROOT %cc.1 = (bf16[2,5]{1,0}, bf16[8,5]{1,0}) custom-call(%ag.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%piece (p0: bf16[2,5], p1: bf16[8,5], p2: bf16[3,5], p3: bf16[5,4]) -> (bf16[3,4], bf16[2,5], bf16[8,5], bf16[8,5]) {
+  %p0 = bf16[2,5]{1,0} parameter(0)
+  %p1 = bf16[8,5]{1,0} parameter(1)
+  %ag.2 = bf16[8,5]{1,0} all-gather(%p0), channel_id=7, replica_groups=[4,4]<=[16], dimensions={0}
+  %p2 = bf16[3,5]{1,0} parameter(2)
+  %p3 = bf16[5,4]{1,0} parameter(3)
+  %dot = bf16[3,4]{1,0:S(1)} convolution(%p2, %p3), dim_labels=bf_io->bf
+  ROOT %all = (bf16[3,4]{1,0:S(1)}, bf16[2,5]{1,0}, bf16[8,5]{1,0}, bf16[8,5]{1,0}) tuple(%dot, %p0, %p1, %ag.2)
+}
+
+%body (t: (s32[], bf16[2,5], bf16[8,5], bf16[3,5], bf16[5,4])) -> (s32[], bf16[2,5], bf16[8,5], bf16[3,5], bf16[5,4]) {
+  %t = (s32[], bf16[2,5]{1,0}, bf16[8,5]{1,0}, bf16[3,5]{1,0}, bf16[5,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %a = bf16[2,5]{1,0} get-tuple-element(%t), index=1
+  %b = bf16[8,5]{1,0} get-tuple-element(%t), index=2
+  %x = bf16[3,5]{1,0} get-tuple-element(%t), index=3
+  %w = bf16[5,4]{1,0} get-tuple-element(%t), index=4
+  %f = (bf16[3,4]{1,0:S(1)}, bf16[2,5]{1,0}, bf16[8,5]{1,0}, bf16[8,5]{1,0}) fusion(%a, %b, %x, %w), kind=kOutput, calls=%piece
+  ROOT %out = (s32[], bf16[2,5]{1,0}, bf16[8,5]{1,0}, bf16[3,5]{1,0}, bf16[5,4]{1,0}) tuple(%i, %a, %b, %x, %w)
+}
+
+%condition (c: (s32[], bf16[2,5], bf16[8,5], bf16[3,5], bf16[5,4])) -> pred[] {
+  %c = (s32[], bf16[2,5]{1,0}, bf16[8,5]{1,0}, bf16[3,5]{1,0}, bf16[5,4]{1,0}) parameter(0)
+  %n = s32[] constant(6)
+  %j = s32[] get-tuple-element(%c), index=0
+  ROOT %lt = pred[] compare(%j, %n), direction=LT
+}
+
+ENTRY %main (q: bf16[2,5], x: bf16[3,5], w: bf16[5,4]) -> bf16[3,5] {
+  %q = bf16[2,5]{1,0} parameter(0)
+  %x = bf16[3,5]{1,0} parameter(1)
+  %w = bf16[5,4]{1,0} parameter(2)
+  %s = (bf16[2,5]{1,0}, bf16[8,5]{1,0}) fusion(%q), kind=kCustom, calls=%start
+  %s.0 = bf16[2,5]{1,0} get-tuple-element(%s), index=0
+  %s.1 = bf16[8,5]{1,0} get-tuple-element(%s), index=1
+  %zero = s32[] constant(0)
+  %tuple = (s32[], bf16[2,5]{1,0}, bf16[8,5]{1,0}, bf16[3,5]{1,0}, bf16[5,4]{1,0}) tuple(%zero, %s.0, %s.1, %x, %w)
+  %loop = (s32[], bf16[2,5]{1,0}, bf16[8,5]{1,0}, bf16[3,5]{1,0}, bf16[5,4]{1,0}) while(%tuple), condition=%condition, body=%body
+  ROOT %r = bf16[3,5]{1,0} get-tuple-element(%loop), index=3
+}
+"""  # noqa: E501
+
+
+def test_what_goes_on_beside_a_loop_is_sent_once():
+  start, piece = hlo.Module(BESIDE).work()
+  assert (start.times, piece.times) == (1, 6)
+  assert start.collective.sent == 3 * 2 * 5 * 2
+  assert piece.collective is None
+  # The product's sides; its result stays on the chip, the rest is handed on.
+  assert piece.operations == 2 * 3 * 5 * 4
+  assert piece.hbm_bytes == 2 * (3 * 5 + 5 * 4)
 
 
 def test_kernels_are_named():

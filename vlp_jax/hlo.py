@@ -64,12 +64,14 @@ class Collective(NamedTuple):
     group: number of chips; 0 where it is not said.
     channel: its number; 0 where it has none. Where it runs beside others, the
       instructions that begin it, go on with it and end it share it.
+    begins: whether it is begun here, to go on beside others.
   """
 
   kind: str
   bytes: int
   group: int
   channel: int = 0
+  begins: bool = False
 
   @property
   def sent(self) -> float:
@@ -128,11 +130,11 @@ class Module:
 
   def work(self) -> Iterator[Work]:
     """Yields all that one run of the program does."""
-    return self._work(self.entry, 1)
+    return self._work(self.entry, 1, set())
 
-  def _work(self, name: str, times: int) -> Iterator[Work]:
+  def _work(self, name: str, times: int, begun: set[int]) -> Iterator[Work]:
+    """As `work`, of a computation; `begun` are channels of what goes on."""
     computation = self.computations[name]
-    channels = set()
     for one in computation.values():
       if one.opcode in _FREE or one.opcode.endswith("-done"):
         continue
@@ -141,18 +143,19 @@ class Module:
         count = times * self._trips(
           re.search(r"condition=%?([\w.\-]+)", one.rest)[1]
         )
-        yield from self._work(called[0], count)
+        yield from self._work(called[0], count, begun)
       elif one.opcode == "call":
-        yield from self._work(called[0], times)
+        yield from self._work(called[0], times, begun)
       elif one.opcode == "conditional":
-        branches = [list(self._work(branch, times)) for branch in called]
+        branches = [list(self._work(branch, times, begun)) for branch in called]
         yield from max(branches, key=lambda b: sum(w.operations for w in b))
       else:
         collective = self._collective(one, computation)
-        if collective and collective.channel in channels:
-          collective = None  # begun before; this works beside it
-        elif collective and collective.channel:
-          channels.add(collective.channel)
+        if collective and collective.channel:
+          if collective.channel in begun and not collective.begins:
+            collective = None  # begun before; this works beside it
+          else:
+            begun.add(collective.channel)
         yield Work(
           "kernel" if _KERNEL in one.rest else one.opcode,
           self._operations(one, computation),
@@ -233,7 +236,9 @@ class Module:
         if current not in one.operands:
           continue
         at = one.operands.index(current)
-        if one.opcode == "bitcast":
+        if one.opcode == "tuple" or one.opcode in COLLECTIVES:
+          pass  # handed on; links bring what chips send each other
+        elif one.opcode == "bitcast":
           todo.append(one.name)
         elif one.opcode in _SLICES and at == 0:
           total += one.arrays[0].bytes
@@ -257,6 +262,8 @@ class Module:
     for part, array in zip(parts, arrays, strict=False):
       while part.opcode == "bitcast" and part.operands[0] in inner:
         part = inner[part.operands[0]]
+      if part.opcode == "parameter" or part.opcode in COLLECTIVES:
+        continue  # handed on
       if part.opcode == "dynamic-update-slice":
         array = array._replace(bytes=inner[part.operands[1]].arrays[0].bytes)
       total += array.hbm_bytes
@@ -283,8 +290,16 @@ class Module:
           # As TPUs write it; their channels are not numbered.
           return found._replace(kind="reduce-scatter", channel=0)
         if found:
-          return found
+          return found._replace(begins=found.begins or _begins(inner))
     return None
+
+
+def _begins(computation: Computation) -> bool:
+  """Whether a fusion begins what goes on beside others."""
+  return any(
+    'custom_call_target="AsyncCollectiveStart"' in one.rest
+    for one in computation.values()
+  )
 
 
 def _called(one: Instruction) -> list[str]:
