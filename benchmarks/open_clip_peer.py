@@ -51,6 +51,19 @@ def available(*more: str) -> bool:
   return True
 
 
+def compiles() -> bool:
+  """Tells whether `torch.compile` works here; says if not."""
+  import torch
+
+  try:
+    torch.compile(lambda x: 2 * x + 1)(torch.ones(8))
+  except Exception as error:  # of various types: without a C++ compiler, ...
+    reason = str(error).strip().splitlines()[0]
+    print(f"without torch.compile: {reason}", file=sys.stderr)
+    return False
+  return True
+
+
 def build(config: ConfigDict):
   """Makes open_clip's CoCa with the sizes of `config.model`.
 

@@ -6,12 +6,13 @@
 
 A step is forward, backward, clipping to a norm of 1 and AdamW, in float32, on
 one batch that lies in memory. Sizes are those of `configs/coca.py` (`tiny`), or
-ViT-S/16's at 224 pixels (`s16`), of which only the first three are compared.
-The contenders:
+ViT-S/16's at 224 pixels (`s16`), for which open_clip's and `coca_base` are
+compared. The contenders:
 
   open_clip          its CoCa and losses, eager as it trains by default, with
                      PyTorch's fused AdamW, on threads for all cores
   open_clip_huge     the same in huge pages of memory, which it does not ask for
+  open_clip_compiled the same by torch.compile, where that works
   coca_base          ours with the same operations: [CLS], GELU, two MLPs a
                      decoder layer; on one JAX device with threads, the default
   coca_base_devices  the same with a JAX device a core, the batch cut by device
@@ -70,11 +71,13 @@ OURS = {
   "sycoca_tokens": ("configs/sycoca.py", ("method.mask_stage=tokens",), False),
   "sycoca_input": ("configs/sycoca.py", ("method.mask_stage=input",), False),
 }
-PEER, PEER_HUGE = PEERS = ("open_clip", "open_clip_huge")
+PEERS = ("open_clip", "open_clip_huge", "open_clip_compiled")
+PEER, PEER_HUGE, PEER_COMPILED = PEERS
 # Name: numerator and denominator, in seconds a step; what is aimed at.
 RATIOS = {
   "open_clip / coca_base": (PEER, "coca_base", ""),
   "open_clip_huge / coca_base": (PEER_HUGE, "coca_base", ""),
+  "open_clip_compiled / coca_base": (PEER_COMPILED, "coca_base", ""),
   "coca_base_devices / coca_base": ("coca_base_devices", "coca_base", ""),
   "sycoca_tokens / coca": ("sycoca_tokens", "coca", "<= 1.5"),
   "sycoca_input / coca": ("sycoca_input", "coca", "<= 1.7"),
@@ -87,7 +90,8 @@ def main() -> None:
   options = parse()
   if options.worker:
     if options.worker in PEERS:
-      facts, run = make_peer(load_config("coca_base", options))
+      config = load_config("coca_base", options)
+      facts, run = make_peer(config, options.worker == PEER_COMPILED)
     else:
       devices = rounds.cores() if OURS[options.worker][2] else 1
       facts, run = make_ours(load_config(options.worker, options), devices)
@@ -95,16 +99,23 @@ def main() -> None:
     rounds.serve(facts, run)
     return
   ours = OURS if options.size == "tiny" else ("coca_base",)
-  names = [*(PEERS if open_clip_peer.available() else ()), *ours]
+  names = [*peers(), *ours]
   facts, seconds = rounds.compare(names, start, options.rounds, options.steps)
   record = summarize(options, facts, seconds)
   show(record)
   rounds.keep(record, options.output)
 
 
+def peers() -> tuple[str, ...]:
+  """Those of open_clip that work here."""
+  if not open_clip_peer.available():
+    return ()
+  return PEERS if open_clip_peer.compiles() else (PEER, PEER_HUGE)
+
+
 def start(name: str) -> rounds.Worker:
   environ = {**os.environ, "JAX_PLATFORMS": "cpu"}
-  if name != PEER:
+  if name not in (PEER, PEER_COMPILED):
     environ = huge_pages.environment(environ) or environ
   return rounds.Worker(__spec__.name, name, environ)
 
@@ -193,7 +204,7 @@ def make_ours(config, devices: int):
   return dict(parameters=parameters, gflop=flops / 1e9), run
 
 
-def make_peer(config):
+def make_peer(config, compiled: bool = False):
   """The same of open_clip's CoCa, at the sizes of a config."""
   import torch
 
@@ -218,13 +229,14 @@ def make_peer(config):
     fused=True,
   )
   batch = make_batch(config)
+  forward = torch.compile(model) if compiled else model
   image = open_clip_peer.pixels(batch["image"])
   text = torch.from_numpy(batch["text"]).long()
 
   def run(steps: int) -> None:
     for _ in range(steps):
       optimizer.zero_grad()
-      sum(loss(**model(image, text))).backward()
+      sum(loss(**forward(image, text))).backward()
       torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
       optimizer.step()
       with torch.no_grad():
