@@ -341,7 +341,8 @@ def test_a_pass_that_is_not_asked_for_is_not_run():
   np.testing.assert_allclose(only_filled, filled, atol=1e-5)
   assert nothing is None
   nothing, only_attention = passes_of_the_teacher(False, True)
-  np.testing.assert_allclose(only_attention, attention, atol=1e-6)
+  # Products of other shapes, whose order of sums depends on the processor.
+  np.testing.assert_allclose(only_attention, attention, atol=1e-5)
   assert nothing is None
   assert passes_of_the_teacher(False, False) == (None, None)
 
