@@ -195,6 +195,7 @@ def make_ours(config, devices: int):
 
   def run(steps: int) -> None:
     nonlocal state
+    metrics = {}
     for _ in range(steps):
       state, metrics = compiled(state, batch)
     jax.block_until_ready((state, metrics))
