@@ -13,6 +13,9 @@ from PIL import Image
 from tests.e2e import commands
 
 METHODS = ("clip", "coca", "sycoca")
+STEPS = 16
+# After `commands.SMALL`: enough steps to be interrupted between them.
+LONGER = (f"--config.total_steps={STEPS}", "--config.checkpoint.every_steps=4")
 METRICS = pathlib.Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
@@ -25,7 +28,8 @@ def folder(tmp_path_factory):
 def finished(folder):
   """Runs every method's `debug` size once; returns the folders by name."""
   return {
-    method: commands.train(method, method, cwd=folder)[0] for method in METHODS
+    method: commands.train(method, method, *LONGER, cwd=folder)[0]
+    for method in METHODS
   }
 
 
@@ -33,7 +37,7 @@ def finished(folder):
 def test_a_run_leaves_what_it_promises(finished, method):
   workdir = finished[method]
   results = commands.results(workdir)
-  assert results["step"] == 6
+  assert results["step"] == STEPS
   assert re.fullmatch("[0-9a-f]{64}", results["params_sha256"])
   assert results["config"]["method"]["name"] == method
   names = set(results["metrics"])
@@ -57,7 +61,7 @@ def test_a_run_leaves_what_it_promises(finished, method):
   assert all(0 <= value <= 1 for value in shares)
   lines = commands.lines(workdir)
   trained = [line for line in lines if "train/loss" in line]
-  assert [line["step"] for line in trained] == [1, 2, 3, 4, 5, 6]
+  assert [line["step"] for line in trained] == [*range(1, STEPS + 1)]
   _assert_times(workdir)
   assert (workdir / "config.json").exists()
   assert list((workdir / "checkpoints").iterdir())
@@ -81,7 +85,7 @@ def _assert_times(workdir):
   later = lines[1:]
   assert all(line["time/model_tflops_per_second"] > 0 for line in later)
   stalls = [line["time/checkpoint_stall"] for line in later]
-  assert stalls[0] == 0 and max(stalls) > 0  # steps 2 and 4 are saved
+  assert stalls[0] == 0 and max(stalls) > 0  # every fourth is saved
   shares = [*stalls, *(line["time/goodput"] for line in later)]
   assert all(0 <= share < 1 for share in shares)
 
@@ -89,78 +93,67 @@ def _assert_times(workdir):
 @pytest.fixture(scope="module")
 def unwatched(folder):
   """A run that evaluates nothing."""
-  nothing = commands.no_evaluations("configs/sycoca.py:debug")
-  return commands.train("sycoca", "unwatched", *nothing, cwd=folder)[0]
+  nothing = commands.no_evaluations("configs/clip.py:debug")
+  return commands.train("clip", "unwatched", *LONGER, *nothing, cwd=folder)[0]
 
 
 def test_evaluating_leaves_training_alone(finished, unwatched):
-  watched = commands.results(finished["sycoca"])["params_sha256"]
+  watched = commands.results(finished["clip"])["params_sha256"]
   assert commands.results(unwatched)["params_sha256"] == watched
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(unwatched, folder):
-  workdir = folder / "killed"
-  args = (
-    "--config=configs/sycoca.py:debug",
+def _interrupted(workdir):
+  """The command of the run that evaluates nothing."""
+  return (
+    "--config=configs/clip.py:debug",
     f"--workdir={workdir}",
     *commands.SMALL,
-    *commands.no_evaluations("configs/sycoca.py:debug"),
+    *LONGER,
+    *commands.no_evaluations("configs/clip.py:debug"),
   )
-  process = commands.start("main", *args, cwd=folder)
-  checkpoint = workdir / "checkpoints" / "2"
+
+
+def _signal_when(begun, process, number):
+  """Sends a signal as soon as something has happened; returns what it said."""
   deadline = time.monotonic() + 300
-  while not checkpoint.exists() and process.poll() is None:
-    assert time.monotonic() < deadline
-    time.sleep(0.05)
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
+  while not begun():
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.01)
+  process.send_signal(number)
+  return process.communicate(timeout=300)[1]
+
+
+def test_interrupted_runs_go_on_as_if_nothing_had_happened(unwatched, folder):
+  """First SIGTERM, which saves and exits with 75, and then SIGKILL."""
+  workdir = folder / "interrupted"
+  args = _interrupted(workdir)
+  process = commands.start("main", *args, cwd=folder)
+  metrics = workdir / "metrics.jsonl"
+  err = _signal_when(
+    lambda: metrics.exists() and metrics.read_text(), process, signal.SIGTERM
+  )
+  assert process.returncode == 75, err
+  saved = int(re.search(r"saved step (\d+)", err)[1])
+  assert (workdir / "checkpoints" / f"{saved}").exists()
+  process = commands.start("main", *args, cwd=folder)
+  later = workdir / "checkpoints" / f"{saved // 4 * 4 + 4}"
+  _signal_when(later.exists, process, signal.SIGKILL)
   assert not (workdir / "results.json").exists()
   status, _, err = commands.run("main", *args, cwd=folder)
   assert status == 0, err
   _assert_equal_runs(workdir, unwatched)
 
 
-def test_a_flipped_bit_costs_the_last_checkpoint_alone(finished, folder):
-  """The others faults are in test_faults.py."""
+def test_a_flipped_bit_costs_the_last_checkpoint_alone(unwatched, folder):
+  """The other faults are in test_faults.py."""
   workdir = folder / "flipped"
-  shutil.copytree(finished["clip"], workdir)
+  shutil.copytree(unwatched, workdir)
   (workdir / "results.json").unlink()
-  commands.flip_bit(workdir / "checkpoints" / "6")
-  status, _, err = commands.run(
-    "main",
-    "--config=configs/clip.py:debug",
-    f"--workdir={workdir}",
-    *commands.SMALL,
-    cwd=folder,
-  )
+  commands.flip_bit(workdir / "checkpoints" / f"{STEPS}")
+  status, _, err = commands.run("main", *_interrupted(workdir), cwd=folder)
   assert status == 0, err
-  assert f"{workdir}/checkpoints/6 is damaged" in err
-  _assert_equal_runs(workdir, finished["clip"])
-
-
-def test_sigterm_saves_and_exits_75(finished, folder):
-  workdir = folder / "preempted"
-  args = [
-    "--config=configs/coca.py:debug",
-    f"--workdir={workdir}",
-    *commands.SMALL,
-    "--config.checkpoint.every_steps=0",  # only what SIGTERM saves
-  ]
-  process = commands.start("main", *args, cwd=folder)
-  metrics = workdir / "metrics.jsonl"
-  deadline = time.monotonic() + 300
-  while not (metrics.exists() and metrics.read_text()):
-    assert process.poll() is None and time.monotonic() < deadline
-    time.sleep(0.01)
-  process.send_signal(signal.SIGTERM)
-  _, err = process.communicate(timeout=300)
-  if process.returncode == 0:
-    pytest.skip("the run ended before the signal reached it")
-  assert process.returncode == 75, err
-  assert "saved step" in err
-  status, _, err = commands.run("main", *args, cwd=folder)
-  assert status == 0, err
-  _assert_equal_runs(workdir, finished["coca"])
+  assert f"{workdir}/checkpoints/{STEPS} is damaged" in err
+  _assert_equal_runs(workdir, unwatched)
 
 
 @pytest.mark.slow
@@ -225,7 +218,7 @@ def test_evaluate_repeats_the_final_numbers(finished, folder):
   )
   assert status == 0, err
   assert "eval/retrieval/i2t_r1" in out
-  values = json.loads((workdir / "evaluation_6.json").read_text())
+  values = json.loads((workdir / f"evaluation_{STEPS}.json").read_text())
   assert values == commands.results(workdir)["metrics"]
 
 
