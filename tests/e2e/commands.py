@@ -10,6 +10,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from unittest import mock
 
 from tests import toys
@@ -35,10 +36,17 @@ def _xla_flags() -> str:
   return " ".join(f"--{k}={str(v).lower()}" for k, v in options.items())
 
 
-def no_evaluations(config: str) -> list[str]:
-  """Flags that leave out what a config evaluates."""
-  evals = config_lib.load(config).evals
-  return [f"--config.evals.{name}.split=nowhere" for name in evals]
+def no_evaluations(config: str, but: Sequence[str] = ()) -> list[str]:
+  """Flags that leave out what a config evaluates, but for some by name."""
+  left_out = set(config_lib.load(config).evals) - set(but)
+  return [f"--config.evals.{name}.split=nowhere" for name in sorted(left_out)]
+
+
+def evaluations_on_test(config: str, but: Sequence[str] = ()) -> list[str]:
+  """Flags that leave out what is measured on the other test split."""
+  names = config_lib.load(config).evals
+  kept = [name for name in names if not name.endswith("_comp")]
+  return no_evaluations(config, (*kept, *but))
 
 
 def environ(**more: str) -> dict[str, str]:

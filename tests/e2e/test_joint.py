@@ -22,7 +22,12 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def scl(folder):
   """A whole run: its folder, and what it has printed."""
-  return commands.train("scl", "scl", "--config.total_steps=2", cwd=folder)
+  less = commands.evaluations_on_test(
+    "configs/scl.py:debug", but=("pointing_comp",)
+  )
+  return commands.train(
+    "scl", "scl", "--config.total_steps=2", *less, cwd=folder
+  )
 
 
 def test_scl(scl):

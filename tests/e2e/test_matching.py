@@ -32,11 +32,9 @@ def assert_complete(workdir):
 
 def test_albef(folder):
   """Its evaluations are SIMLA's; those of the matching head are enough."""
-  others = [
-    flag
-    for flag in commands.no_evaluations("configs/albef.py:debug")
-    if ".reranking" not in flag
-  ]
+  others = commands.no_evaluations(
+    "configs/albef.py:debug", but=("reranking_test",)
+  )
   workdir, _ = commands.train("albef", "albef", *others, cwd=folder)
   assert {"eval/reranking/i2t_r1", "eval/reranking/t2i_r10"} <= set(
     commands.results(workdir)["metrics"]
@@ -53,7 +51,10 @@ CONSTANT = "--config.schedule.name=constant"
 @pytest.fixture(scope="module")
 def simla(folder):
   """A whole run: its folder, and what it has printed."""
-  return commands.train("simla", "simla", CONSTANT, QUEUE, cwd=folder)
+  less = commands.evaluations_on_test(
+    "configs/simla.py:debug", but=("binding_comp",)
+  )
+  return commands.train("simla", "simla", CONSTANT, QUEUE, *less, cwd=folder)
 
 
 def test_simla(simla):
@@ -80,13 +81,11 @@ def test_simla_resumes_with_its_queues_teacher_and_tokenizer(simla, folder):
 def test_evaluating_the_teacher(simla, folder):
   workdir = folder / "evaluated"
   shutil.copytree(simla[0], workdir)
-  others = commands.no_evaluations("configs/simla.py:debug")
+  others = commands.no_evaluations(
+    "configs/simla.py:debug", but=("binding_comp",)
+  )
   status, out, err = commands.run(
-    "evaluate",
-    f"--workdir={workdir}",
-    "--ema",
-    *(flag for flag in others if ".binding_comp." not in flag),
-    cwd=folder,
+    "evaluate", f"--workdir={workdir}", "--ema", *others, cwd=folder
   )
   assert status == 0, err
   values = json.loads((workdir / "evaluation_6.json").read_text())

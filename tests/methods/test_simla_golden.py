@@ -232,23 +232,28 @@ def teacher():
 
 
 @functools.cache
-def step(alpha_on, axis="sequence"):
-  """One step from the filled state; returns terms, gradient, new state."""
+def compiled_step(axis):
+  """One step from the filled state: terms, gradient, new state."""
   built = dataclasses.replace(method(), mlm_axis=axis)
   batch, draws, codes, state = inputs()
-  ctx = toys.context(step=int(alpha_on))._replace(
-    ema_params=teacher(), method_state=state
-  )
 
-  def loss(student):
+  def loss(student, number):
+    ctx = toys.context(step=number)._replace(
+      ema_params=teacher(), method_state=state
+    )
     out = built.losses(student, batch, draws, codes, ctx)
     coupled = built.couple(student, out.shared, batch, ctx)
     terms = {**out.terms, **coupled.terms}
     terms = {name: mean.total / mean.weight for name, mean in terms.items()}
     return sum(terms.values()), (terms, coupled.method_state)
 
-  run = toys.jit(jax.value_and_grad(loss, has_aux=True))
-  (_, (terms, new)), gradient = run(params())
+  return toys.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def step(alpha_on, axis="sequence"):
+  """As `compiled_step`; the teacher has no say in the first step."""
+  run = compiled_step(axis)
+  (_, (terms, new)), gradient = run(params(), int(alpha_on))
   return terms, gradient, new
 
 

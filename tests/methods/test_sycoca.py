@@ -49,18 +49,21 @@ def _seen(batch, overrides=()):
   return jax.device_get(_parts(*overrides)(params, batch))
 
 
+@functools.cache
+def _ranking(*overrides):
+  """Compiled `(batch, what encoders make of it, step, seed) -> ranking`."""
+  method, params = toys.method("sycoca", *overrides), toys.params("sycoca")
+
+  def rank(batch, seen, step, seed):
+    parts = (seen[name] for name in ("patches", "context", "tokens"))
+    return method._rank(params, batch, *parts, toys.context(step, seed))
+
+  return toys.jit(rank)
+
+
 def _order(batch, overrides=(), step=0, seed=0):
   """The method's ranking."""
-  seen = _seen(batch)
-  order = toys.method("sycoca", *overrides)._rank(
-    toys.params("sycoca"),
-    batch,
-    seen["patches"],
-    seen["context"],
-    seen["tokens"],
-    toys.context(step, seed),
-  )
-  return np.asarray(order)
+  return np.asarray(_ranking(*overrides)(batch, _seen(batch), step, seed))
 
 
 def _relevance(patches, tokens, text_len):
