@@ -187,20 +187,24 @@ def jit(function, **kwargs):
 
   What is a method of `method` is compiled once, whoever asks for it.
   """
-  if inspect.ismethod(function) and not kwargs:
-    return _jit(function)
+  if inspect.ismethod(function):
+    return _jit(function, **kwargs)
   return jax.jit(function, compiler_options=compiler_options(), **kwargs)
 
 
 @functools.cache
-def _jit(function):
-  return jax.jit(function, compiler_options=compiler_options())
+def _jit(function, **kwargs):
+  return jax.jit(function, compiler_options=compiler_options(), **kwargs)
+
+
+def module_call(name: str, overrides: tuple[str, ...], function: str):
+  """One compiled method of the linen module; further arguments are arrays."""
+  return apply(method(name, *overrides), function)
 
 
 @functools.cache
-def module_call(name: str, overrides: tuple[str, ...], function: str):
-  """One compiled method of the linen module; further arguments are arrays."""
-  built = method(name, *overrides)
+def apply(built, function: str):
+  """As `module_call`, of a method that was built already."""
   return jit(lambda params, *args: built.apply(params, function, *args))
 
 

@@ -49,7 +49,10 @@ def numpy_s(a, b, ids, temperature):
 def separately(overrides, params, data, draws):
   """Every loss with forward passes of its own, as in the release."""
   method = toys.method("scl", *overrides)
-  call = functools.partial(method.apply, params)
+
+  def call(name, *args):
+    return toys.module_call("scl", overrides, name)(params, *args)
+
   image, text, text_len = data["image"], data["text"], data["text_len"]
   ids, size = data["image_id"], len(data["image_id"])
 

@@ -23,11 +23,11 @@ def test_keywords_from_cls():
   )
   kernel = params["keyword_head"]["projection"]["kernel"]
   assert kernel.shape == (toys.WIDTH, toys.VOCAB)
-  tokens = method.apply(params, "see", batch["image"])
+  tokens = toys.apply(method, "see")(params, batch["image"])
   logits = tokens[:, 0] @ kernel + params["keyword_head"]["projection"]["bias"]
   ids = np.tile([[5, 6]], (len(tokens), 1))
   counted = np.ones_like(ids, bool)
-  mean = method._keyword_term(
+  mean = toys.jit(method._keyword_term)(
     (params, tokens), (params, tokens), ids, counted, jnp.float32(0)
   )
   target = keywords.multi_hot(ids, counted, toys.VOCAB)

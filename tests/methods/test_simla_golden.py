@@ -198,8 +198,11 @@ def check(array, norm, first):
 
 def test_activations():
   batch, draws, _, _ = inputs()
-  student, built = params(), method()
-  call = functools.partial(built.apply, student)
+  student = params()
+
+  def call(name, *args):
+    return toys.apply(method(), name)(student, *args)
+
   image, ids, text_len = batch["image"], batch["text"], batch["text_len"]
   patches = call("see", image)
   check(patches, 49.415114, [-1.339736, 1.175652, 0.213486])
@@ -305,14 +308,14 @@ def test_losses_with_the_teacher(axis, mlm):
 
 def test_negatives():
   batch, draws, _, _ = inputs()
-  built = method()
 
   def embeddings(params):
-    x = built.apply(params, "embed_text", batch["text"])
-    text, _ = built.apply(params, "read", x, batch["text_len"])
-    return Embeddings(built.apply(params, "encode_image", batch["image"]), text)
+    x = toys.apply(method(), "embed_text")(params, batch["text"])
+    text, _ = toys.apply(method(), "read")(params, x, batch["text_len"])
+    image = toys.apply(method(), "encode_image")(params, batch["image"])
+    return Embeddings(image, text)
 
-  (images, _), (texts, _) = built.negatives(
+  (images, _), (texts, _) = method().negatives(
     params(),
     embeddings(params()),
     embeddings(teacher()),
@@ -328,14 +331,14 @@ def passes_of_the_teacher(hidden, whole, copies=1):
   """What the teacher makes of hidden words (at no picture) and of captions."""
   batch, _, _, _ = inputs()
   built, ema = method(), teacher()
-  x = built.apply(ema, "embed_text", batch["text"])
-  patches = built.apply(params(), "see", batch["image"])
+  x = toys.apply(built, "embed_text")(ema, batch["text"])
+  patches = toys.apply(built, "see")(params(), batch["image"])
   x, patches, text_len = (
     jnp.repeat(a, copies, axis=0) for a in (x, patches, batch["text_len"])
   )
   hidden = (jnp.zeros_like(patches), x) if hidden else None
   whole = (patches, x) if whole else None
-  return built._teach(ema, hidden, whole, text_len, None)
+  return toys.jit(built._teach)(ema, hidden, whole, text_len, None)
 
 
 def keywords_of_the_teacher():
