@@ -52,9 +52,9 @@ def _run(folder, count, *jobs):
 
 # --- The numbers of one process ----------------------------------------------
 
-QUICK = ("gradients:coca:2,2,1:2", "sgd:clip:1,1,4")
+QUICK = ("gradients:clip:2,2,1:2", "sgd:clip:1,1,4")
 SLOW = (
-  (2, "gradients:clip:2,1,2:4", "sgd:clip:2,2,1"),
+  (2, "gradients:coca:2,2,1:2", "gradients:clip:2,1,2:4", "sgd:clip:2,2,1"),
   (2, "gradients:sycoca:1,4,1:16", "sgd:coca:1,4,1:4"),
   (2, "gradients:simla:1,2,2:4", "gradients:scl:1,1,4:1"),
   (4, "gradients:clip:2,2,2:1", "gradients:clip:4,2,1:16", "sgd:clip:1,1,8"),
