@@ -137,6 +137,22 @@ def test_programs_for_tpus():
   assert gather.collective.sent == 3 * 2 * 5 * 2
 
 
+@pytest.mark.parametrize("start, times", [(0, 3), (2, 2), (3, 2)])
+def test_loops_may_take_several_at_a_time(start, times):
+  """As those that multiply pieces of weights while chips hand on others."""
+  steps = """
+  %one = s32[]{:T(128)} constant(1)
+  %i.1 = s32[]{:T(128)} add(%i, %one)
+  %i.2 = s32[]{:T(128)} copy(%i.1)
+  %i.3 = s32[]{:T(128)} add(%i.2, %one)
+"""
+  text = TPU.replace("  ROOT %out", f"{steps.strip(chr(10))}\n  ROOT %out")
+  text = text.replace("tuple(%i, ", "tuple(%i.3, ")
+  first = "%first = s32[]{:T(128)} constant"
+  text = text.replace(f"{first}(0)", f"{first}({start})")
+  assert {w.times for w in hlo.Module(text).work()} == {times}
+
+
 # A sum of which each chip keeps a part, twice: TPUs number none of them.
 SCATTER = """
 HloModule jit_step

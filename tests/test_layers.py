@@ -38,7 +38,8 @@ ALLOWED = {
   "train_state": {_BASE, "ops", "data", *_INFRASTRUCTURE},
   "train_step": {_BASE, "ops", "data", "train_state", *_INFRASTRUCTURE},
   "flops": {_BASE, "ops"},
-  "hlo": set(),
+  "hlo": {"hlo_text"},
+  "hlo_text": set(),
   "chips": set(),
   "roofline": {
     _BASE,

@@ -15,7 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-_BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16, "token": 0}
+from vlp_jax import hlo_text
+from vlp_jax.hlo_text import Array, Computation, Instruction
+
 COLLECTIVES = (
   *("all-reduce", "all-gather", "reduce-scatter"),
   *("all-to-all", "collective-permute"),
@@ -25,35 +27,10 @@ _FREE = (
   *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
   *("partition-id", "replica-id", "after-all", "iota", "opt-barrier"),
 )
-_CALLS = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
+_CALLS = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 _ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _SLICES = ("dynamic-slice", "slice", "gather")
-
-
-class Array(NamedTuple):
-  """One array of a type: its size, and whether it lies in HBM."""
-
-  dims: tuple[int, ...]
-  bytes: int
-  in_hbm: bool
-
-  @property
-  def hbm_bytes(self) -> int:
-    """Its size where it lies in HBM, else 0."""
-    return self.bytes if self.in_hbm else 0
-
-
-class Instruction(NamedTuple):
-  """A line of a computation."""
-
-  name: str
-  arrays: tuple[Array, ...]
-  opcode: str
-  operands: tuple[str, ...]
-  rest: str  # what stands after the operands
-  inside: str  # what stands between the parentheses
-  is_root: bool
 
 
 class Collective(NamedTuple):
@@ -105,10 +82,6 @@ class Work(NamedTuple):
   collective: Collective | None
 
 
-# Names of instructions, to what they are.
-Computation = dict[str, Instruction]
-
-
 class Module:
   """A compiled program.
 
@@ -117,19 +90,7 @@ class Module:
   """
 
   def __init__(self, text: str):
-    self.computations: dict[str, Computation] = {}
-    self.entry = ""
-    current: Computation = {}
-    for line in text.splitlines():
-      if line.endswith("{") and not line.startswith((" ", "HloModule")):
-        words = line.split()
-        is_entry = words[0] == "ENTRY"
-        name = words[is_entry].lstrip("%")
-        current = self.computations[name] = {}
-        self.entry = name if is_entry else self.entry
-      elif line.startswith("  ") and " = " in line:
-        instruction = _parse(line.strip())
-        current[instruction.name] = instruction
+    self.computations, self.entry = hlo_text.read(text)
 
   def work(self) -> Iterator[Work]:
     """Yields all that one run of the program does."""
@@ -143,10 +104,8 @@ class Module:
         continue
       called = _called(one)
       if one.opcode == "while":
-        count = times * self._trips(
-          re.search(r"condition=%?([\w.\-]+)", one.rest)[1]
-        )
-        yield from self._work(called[0], count, begun)
+        count = times * self._trips(one, computation)
+        yield from self._work(_part(one, "body"), count, begun)
       elif one.opcode == "call":
         yield from self._work(called[0], times, begun)
       elif one.opcode == "conditional":
@@ -169,14 +128,34 @@ class Module:
           collective,
         )
 
-  def _trips(self, condition: str) -> int:
-    """How often a loop runs: the number that its counter is compared with."""
+  def _trips(self, loop: Instruction, where: Computation) -> int:
+    """How often a loop runs: by where its counter starts, its steps, its end.
+
+    Loops over pieces that chips hand on take several at a time.
+    """
+    condition, body = _part(loop, "condition"), _part(loop, "body")
+    end, body = self._end(condition), self.computations[body]
+    counters = [
+      int(re.search(r"index=(\d+)", one.rest)[1])
+      for one in self.computations[condition].values()
+      if one.opcode == "get-tuple-element" and one.arrays[0].dims == ()
+    ]
+    if not counters:
+      return end
+    first = where[where[loop.operands[0]].operands[counters[0]]]
+    start = int(first.inside) if first.opcode == "constant" else 0
+    root = next(one for one in body.values() if one.is_root)
+    return math.ceil(
+      (end - start) / _increase(root.operands[counters[0]], body)
+    )
+
+  def _end(self, condition: str) -> int:
+    """The number that a loop's counter is compared with."""
     found = [1]
     for one in self.computations[condition].values():
       if one.opcode == "constant" and one.inside.isdigit():
         found.append(int(one.inside))
-      for name in _called(one):
-        found.append(self._trips(name))
+      found += map(self._end, _called(one))
     return max(found)
 
   def _operations(self, one: Instruction, where: Computation) -> int:
@@ -309,61 +288,31 @@ def _begins(computation: Computation) -> bool:
   )
 
 
+def _increase(name: str, where: Computation) -> int:
+  """By how much a loop's body increases a number; 1 where that is not said."""
+  total, todo = 0, [name]
+  while todo:
+    one = where.get(todo.pop())
+    if one and one.opcode == "constant":
+      total += int(one.inside)
+    elif one and one.opcode in ("add", "copy"):
+      todo += one.operands
+  return total or 1
+
+
+def _part(loop: Instruction, name: str) -> str:
+  """The computation that is a loop's `body` or its `condition`."""
+  return re.search(rf"{name}=%?([\w.\-]+)", loop.rest)[1]
+
+
 def _called(one: Instruction) -> list[str]:
-  """Names of the computations that an instruction runs."""
+  """Names of the computations that an instruction runs; a loop's apart."""
   branches = re.search(r"branch_computations=\{([^}]*)\}", one.rest)
   if branches:
     return [name.strip().lstrip("%") for name in branches[1].split(",")]
-  if one.opcode in ("fusion", "while", "call", "async-start"):
+  if one.opcode in ("fusion", "call", "async-start"):
     return _CALLS.findall(one.rest)
   return re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", one.rest)
-
-
-def _parse(line: str) -> Instruction:
-  """Reads `[ROOT] %name = type opcode(operands), attributes`."""
-  line = re.sub(r"/\*.*?\*/", "", line)
-  left, right = line.split(" = ", 1)
-  if right.startswith("("):
-    kind, right = _balanced(right)
-  else:
-    kind, right = right.split(" ", 1)
-  opcode, right = right.strip().split("(", 1)
-  inside, rest = _balanced("(" + right)
-  inside = inside[1:-1]
-  return Instruction(
-    left.removeprefix("ROOT ").lstrip("%"),
-    tuple(_arrays(kind)),
-    opcode,
-    tuple(re.findall(r"%([\w.\-]+)", inside)),
-    rest,
-    inside,
-    left.startswith("ROOT "),
-  )
-
-
-def _balanced(text: str) -> tuple[str, str]:
-  """Cuts behind the parenthesis that closes the first."""
-  depth = 0
-  for i, letter in enumerate(text):
-    depth += (letter == "(") - (letter == ")")
-    if depth == 0:
-      return text[: i + 1], text[i + 1 :]
-  raise ValueError(f"no end of {text[:60]!r}")
-
-
-def _arrays(kind: str) -> Iterator[Array]:
-  """Reads types such as `bf16[8,64]{1,0:T(8,128)(2,1)S(1)}`.
-
-  `S(1)` and above are memories on the chip, without which it is HBM.
-  """
-  pattern = r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?"
-  for dtype, sides, layout in re.findall(pattern, kind):
-    dims = tuple(int(n.lstrip("<=")) for n in sides.split(",") if n)
-    space = re.search(r"S\((\d+)\)", layout)
-    bits = re.search(r"\d+", dtype)
-    size = _BYTES.get(dtype) or (int(bits[0]) / 8 if bits else 0)
-    # Bits before the underscore or the letters of 8-bit floats: f8e4m3.
-    yield Array(dims, math.ceil(math.prod(dims) * size), not space)
 
 
 def _group(attributes: str) -> int:
