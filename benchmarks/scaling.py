@@ -36,29 +36,32 @@ HEADS = (
 
 
 def least(
-  parameters: int, mesh: roofline.Shape, batch_size: int, embed_dim: int
+  weights: int, table: int, mesh: roofline.Shape, batch_size: int, dim: int
 ) -> float:
   """Bytes that a chip must send in a step of CLIP that is split in this way.
 
   Weights, in bfloat16, are gathered twice, for the forward and the backward
-  pass. Their gradients, of the same size, are scattered over the chips that
-  share a copy, and there summed up over copies, which sends a part twice.
+  pass; of the vocabulary's table, chips look up the few rows that captions
+  have. The gradients of both, of the same size, are scattered over the chips
+  that share a copy, and there summed up over copies, which sends a part twice.
   Embeddings of both sides, in float32, are gathered for the contrast, and
   their gradients scattered.
 
   Args:
-    parameters: of the model.
+    weights: numbers in them.
+    table: numbers in the vocabulary's table.
     mesh: chips along data, fsdp and tensor; the last is 1.
     batch_size: global examples.
-    embed_dim: of an embedding.
+    dim: of an embedding.
   """
   data, fsdp, _ = mesh
-  weights = _BF16 * parameters
-  embeddings = 2 * _FLOAT32 * batch_size * embed_dim
+  gathered = 2 * _BF16 * weights
+  gradients = _BF16 * (weights + table)
+  embeddings = 2 * _FLOAT32 * batch_size * dim
   chips = data * fsdp
   return (
-    3 * weights * (fsdp - 1) / fsdp
-    + 2 * weights / fsdp * (data - 1) / data
+    (gathered + gradients) * (fsdp - 1) / fsdp
+    + 2 * gradients / fsdp * (data - 1) / data
     + 2 * embeddings * (chips - 1) / chips
   )
 
@@ -69,7 +72,11 @@ def compile_for(topology: str, count: int) -> dict:
   fsdp = min(FSDP, count)
   devices = aot.get_devices(topology)[:count]
   report = roofline.examine(config, devices, (count // fsdp, fsdp, 1))
-  return dataclasses.asdict(report) | {"embed_dim": config.model.embed_dim}
+  table = config.tokenizer.vocab_size * config.model.text.width
+  return dataclasses.asdict(report) | {
+    "table": table,
+    "embed_dim": config.model.embed_dim,
+  }
 
 
 def cells(topology: str, report: dict) -> list[str]:
@@ -78,7 +85,11 @@ def cells(topology: str, report: dict) -> list[str]:
   sent = dict(report["sent"])
   total = sum(sent.values())
   must = least(
-    report["parameters"], mesh, report["batch_size"], report["embed_dim"]
+    report["parameters"] - report["table"],
+    report["table"],
+    mesh,
+    report["batch_size"],
+    report["embed_dim"],
   )
   kinds = ("all-gather", "reduce-scatter", "all-reduce")
   parts = [sent.pop(kind, 0.0) for kind in kinds]

@@ -4,7 +4,8 @@
 
 Compiles every row with `python -m vlp_jax.aot` (docs/sharding.md), minutes
 each, and prints a table, with the command of each row. Killed and started
-again, it goes on: rows that are there are kept. Needs the [tpu] extra.
+again, it goes on: rows that are there are kept. A row on which libtpu itself
+crashes is told and left out. Needs the [tpu] extra.
 """
 
 from __future__ import annotations
@@ -104,9 +105,13 @@ def main() -> None:
     name = f"{row[0]}_{row[1]}".replace(":", "_").replace(".py", "")
     if args.only in name:
       print(f"{row[1]} for {row[0]}", flush=True)
-      found = rounds.once(
-        args.output / f"{name}.json", functools.partial(compile_row, row)
-      )
+      try:
+        found = rounds.once(
+          args.output / f"{name}.json", functools.partial(compile_row, row)
+        )
+      except subprocess.CalledProcessError as error:
+        print(f"  left out: its compiler ended with {error.returncode}")
+        continue
       lines.append(cells(row, *found["reports"]))
       commands.append(shlex.join(["python", *command(row)]))
   rounds.show_table(HEADS, lines)
