@@ -42,8 +42,8 @@ def no_evaluations(config: str, but: Sequence[str] = ()) -> list[str]:
   return [f"--config.evals.{name}.split=nowhere" for name in sorted(left_out)]
 
 
-def evaluations_on_test(config: str, but: Sequence[str] = ()) -> list[str]:
-  """Flags that leave out what is measured on the other test split."""
+def no_compositional(config: str, but: Sequence[str] = ()) -> list[str]:
+  """Flags that leave out the compositional split, but for some by name."""
   names = config_lib.load(config).evals
   kept = [name for name in names if not name.endswith("_comp")]
   return no_evaluations(config, (*kept, *but))

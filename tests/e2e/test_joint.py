@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def scl(folder):
   """A whole run: its folder, and what it has printed."""
-  less = commands.evaluations_on_test(
+  less = commands.no_compositional(
     "configs/scl.py:debug", but=("pointing_comp",)
   )
   return commands.train(

@@ -51,7 +51,7 @@ CONSTANT = "--config.schedule.name=constant"
 @pytest.fixture(scope="module")
 def simla(folder):
   """A whole run: its folder, and what it has printed."""
-  less = commands.evaluations_on_test(
+  less = commands.no_compositional(
     "configs/simla.py:debug", but=("binding_comp",)
   )
   return commands.train("simla", "simla", CONSTANT, QUEUE, *less, cwd=folder)

@@ -7,15 +7,22 @@ import shutil
 import signal
 import time
 
+import jax
+import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
+from tests import toys
 from tests.e2e import commands
 
 METHODS = ("clip", "coca", "sycoca")
 STEPS = 16
 # After `commands.SMALL`: enough steps to be interrupted between them.
-LONGER = (f"--config.total_steps={STEPS}", "--config.checkpoint.every_steps=4")
+LONGER = (
+  f"--config.total_steps={STEPS}",
+  "--config.checkpoint.every_steps=4",
+  "--config.ema.decay=0.9",
+)
 METRICS = pathlib.Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
@@ -32,7 +39,7 @@ def finished(folder):
   """
 
   def train(method):
-    less = commands.evaluations_on_test(
+    less = commands.no_compositional(
       f"configs/{method}.py:debug", but=("retrieval_comp",)
     )
     flags = (*LONGER, *(less if method != "sycoca" else ()))
@@ -150,6 +157,16 @@ def test_interrupted_runs_go_on_as_if_nothing_had_happened(unwatched, folder):
   status, _, err = commands.run("main", *args, cwd=folder)
   assert status == 0, err
   _assert_equal_runs(workdir, unwatched)
+  resumed, straight = _last_state(workdir), _last_state(unwatched)
+  assert {"params", "ema_params", "opt_state", "key"} <= resumed.keys()
+  toys.assert_trees_equal(resumed, straight)
+
+
+def _last_state(workdir):
+  """All that the last checkpoint holds."""
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    state = reader.restore(workdir / "checkpoints" / f"{STEPS}" / "state")
+  return state | {"key": jax.random.key_data(state["key"])}
 
 
 def test_a_flipped_bit_costs_the_last_checkpoint_alone(unwatched, folder):
