@@ -153,6 +153,13 @@ def test_loops_may_take_several_at_a_time(start, times):
   assert {w.times for w in hlo.Module(text).work()} == {times}
 
 
+def test_loops_may_start_from_what_is_given():
+  text = TPU.replace("while(%tuple)", "while(%given)").replace(
+    "  %loop =", "  %given = (s32[]) parameter(2)\n  %loop ="
+  )
+  assert {w.times for w in hlo.Module(text).work()} == {6}
+
+
 # A sum of which each chip keeps a part, twice: TPUs number none of them.
 SCATTER = """
 HloModule jit_step

@@ -142,12 +142,11 @@ class Module:
     ]
     if not counters:
       return end
-    first = where[where[loop.operands[0]].operands[counters[0]]]
-    start = int(first.inside) if first.opcode == "constant" else 0
+    first = where.get(_element(where[loop.operands[0]], counters[0]))
+    start = int(first.inside) if first and first.opcode == "constant" else 0
     root = next(one for one in body.values() if one.is_root)
-    return math.ceil(
-      (end - start) / _increase(root.operands[counters[0]], body)
-    )
+    step = _increase(_element(root, counters[0]), body)
+    return math.ceil((end - start) / step)
 
   def _end(self, condition: str) -> int:
     """The number that a loop's counter is compared with."""
@@ -286,6 +285,11 @@ def _begins(computation: Computation) -> bool:
     'custom_call_target="AsyncCollectiveStart"' in one.rest
     for one in computation.values()
   )
+
+
+def _element(whole: Instruction, index: int) -> str:
+  """The name of a tuple's element; none where something else makes it."""
+  return whole.operands[index] if whole.opcode == "tuple" else ""
 
 
 def _increase(name: str, where: Computation) -> int:
