@@ -23,6 +23,8 @@ LONGER = (
   "--config.checkpoint.every_steps=4",
   "--config.ema.decay=0.9",
 )
+# What a run needs that evaluates nothing.
+NOTHING = (*LONGER, *commands.no_evaluations("configs/sycoca.py:debug"))
 METRICS = pathlib.Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
@@ -108,24 +110,18 @@ def _assert_times(workdir):
 @pytest.fixture(scope="module")
 def unwatched(folder):
   """A run that evaluates nothing."""
-  nothing = commands.no_evaluations("configs/clip.py:debug")
-  return commands.train("clip", "unwatched", *LONGER, *nothing, cwd=folder)[0]
+  return commands.train("sycoca", "unwatched", *NOTHING, cwd=folder)[0]
 
 
 def test_evaluating_leaves_training_alone(finished, unwatched):
-  watched = commands.results(finished["clip"])["params_sha256"]
+  watched = commands.results(finished["sycoca"])["params_sha256"]
   assert commands.results(unwatched)["params_sha256"] == watched
 
 
-def _interrupted(workdir):
-  """The command of the run that evaluates nothing."""
-  return (
-    "--config=configs/clip.py:debug",
-    f"--workdir={workdir}",
-    *commands.SMALL,
-    *LONGER,
-    *commands.no_evaluations("configs/clip.py:debug"),
-  )
+def _like_unwatched(workdir):
+  """The flags of a run that evaluates nothing."""
+  config = "--config=configs/sycoca.py:debug"
+  return config, f"--workdir={workdir}", *commands.SMALL, *NOTHING
 
 
 def _signal_when(begun, process, number):
@@ -141,7 +137,7 @@ def _signal_when(begun, process, number):
 def test_interrupted_runs_go_on_as_if_nothing_had_happened(unwatched, folder):
   """First SIGTERM, which saves and exits with 75, and then SIGKILL."""
   workdir = folder / "interrupted"
-  args = _interrupted(workdir)
+  args = _like_unwatched(workdir)
   process = commands.start("main", *args, cwd=folder)
   metrics = workdir / "metrics.jsonl"
   err = _signal_when(
@@ -175,7 +171,7 @@ def test_a_flipped_bit_costs_the_last_checkpoint_alone(unwatched, folder):
   shutil.copytree(unwatched, workdir)
   (workdir / "results.json").unlink()
   commands.flip_bit(workdir / "checkpoints" / f"{STEPS}")
-  status, _, err = commands.run("main", *_interrupted(workdir), cwd=folder)
+  status, _, err = commands.run("main", *_like_unwatched(workdir), cwd=folder)
   assert status == 0, err
   assert f"{workdir}/checkpoints/{STEPS} is damaged" in err
   _assert_equal_runs(workdir, unwatched)
