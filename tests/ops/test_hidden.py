@@ -1,10 +1,15 @@
 """Blockwise masks of patches, and hidden words."""
 
+import contextlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
-from vlp_jax.ops import block_mask, token_mask
+from vlp_jax import sharding
+from vlp_jax.ops import block_mask, layout, token_mask
 
 COUNT = 20_000
 
@@ -32,6 +37,25 @@ def test_a_mask_depends_on_its_example_alone():
   one = draw(key, jnp.array([5]), (6, 6), 10, 4)
   np.testing.assert_array_equal(many[5], one[0])
   assert len({row.tobytes() for row in np.asarray(many)}) == 8
+
+
+def test_devices_do_not_wait_for_each_other_s_masks():
+  mesh = sharding.make_mesh((2, 4, 1), jax.devices()[:8])
+  rows = NamedSharding(mesh, sharding.BATCH)
+  index = jax.device_put(jnp.arange(16), rows)
+
+  def compiled(context):
+    def draw(index):  # a new one: jit remembers what it has traced
+      return block_mask.draw(jax.random.key(1), index, (6, 6), 10, 4)
+
+    with context:
+      return jax.jit(draw).lower(index).compile()
+
+  together = compiled(contextlib.nullcontext())
+  apart = compiled(layout.batch(rows))
+  assert "all-reduce" in together.as_text()  # else nothing is to be avoided
+  assert not re.search("all-reduce|all-gather|permute", apart.as_text())
+  np.testing.assert_array_equal(apart(index), together(index))
 
 
 def test_places():

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from vlp_jax.ops import rng
+from vlp_jax.ops import layout, rng
 
 _ATTEMPTS = 10  # at a block, before a mask is left as it is
 _ASPECT = 0.3  # the least ratio of a block's sides; its inverse is the greatest
@@ -31,8 +31,8 @@ def draw(
   Returns:
     bool `[B, N]`, True = hidden.
   """
-  keys = rng.per_example(key, index)
-  masks = jax.vmap(lambda k: _one(k, grid, most, least))(keys)
+  one = jax.vmap(lambda k: _one(k, grid, most, least))
+  masks = layout.on_each_device(one, rng.per_example(key, index))
   return masks.reshape(len(index), -1)
 
 

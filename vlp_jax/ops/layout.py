@@ -5,6 +5,7 @@ itself, XLA's partitioner may then move activations instead of weights, which
 are smaller. So the products of rows with weights say that rows stay put.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 
@@ -35,6 +36,32 @@ def keep_rows(x: jax.Array) -> jax.Array:
   free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
   spec = PartitionSpec(sharding.spec[0], *free)
   return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
+
+
+def on_each_device(function: Callable, *arrays: jax.Array) -> jax.Array:
+  """Applies a function to the rows that each device holds, apart from others.
+
+  Under `vmap` a loop goes on until all rows are done: left to the partitioner,
+  all devices would tell each other so after every turn. Where `keep_rows` does
+  nothing, the function is just applied.
+
+  Args:
+    function: maps arrays `[r, ...]` to one `[r, ...]`, each row by itself; it
+      closes over no traced array.
+    *arrays: `[R, ...]`, in the order of the batch.
+  """
+  sharding = _SHARDING.get()
+  count = rows_lib.devices(sharding)
+  if count == 1 or arrays[0].shape[0] % count:
+    return function(*arrays)
+  rows = PartitionSpec(sharding.spec[0])
+  return jax.shard_map(
+    function,
+    mesh=sharding.mesh,
+    in_specs=rows,
+    out_specs=rows,
+    check_vma=False,
+  )(*arrays)
 
 
 def holds_groups(rows: int, group: int) -> bool:
