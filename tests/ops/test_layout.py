@@ -8,21 +8,23 @@ from jax.sharding import NamedSharding
 from tests import toys
 from vlp_jax import config as config_lib
 from vlp_jax import hlo, roofline, sharding
-from vlp_jax.ops import layout
+from vlp_jax.ops import layout, platforms
 
 
 def _mesh():
   return sharding.make_mesh((2, 4, 1), jax.devices()[:8])
 
 
-def test_a_step_sends_weights_and_no_activations(monkeypatch):
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_step_sends_weights_and_no_activations(monkeypatch, platform):
   """Without `keep_rows` it is 16 times as much, most of it activations."""
   monkeypatch.setattr(sharding, "MIN_SIZE", 2**8)
   config = config_lib.load(
     "configs/clip.py:debug", ["batch_size=64", "optimizer.name=adamw"]
   )
-  step, state, batch = roofline.abstract_step(config, _mesh())
-  compiled = step.lower(state, batch).compile(toys.compiler_options())
+  with platforms.compiling_for(platform):
+    step, state, batch = roofline.abstract_step(config, _mesh())
+    compiled = step.lower(state, batch).compile(toys.compiler_options())
   work = list(hlo.Module(compiled.as_text()).work())
   sent = sum(w.times * w.collective.sent for w in work if w.collective)
   weights = 4 * sum(x.size for x in jax.tree.leaves(state.params))

@@ -6,25 +6,20 @@ import numpy as np
 import pytest
 from jax import lax
 
-from vlp_jax.ops import linear
+from vlp_jax.ops import linear, platforms
 
 
 def _draw(*shape, seed=0):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("leading", [(), (3,), (3, 5), (2, 3, 5)])
-@pytest.mark.parametrize(
-  ("contracted", "outputs"), [((4,), (6,)), ((4,), (3, 2, 6)), ((2, 4), (6,))]
-)
-def test_dot_general(leading, contracted, outputs):
-  x = _draw(*leading, *contracted)
-  kernel = _draw(*contracted, *outputs, seed=1)
-  axes = tuple(range(len(leading), x.ndim))
-  dimensions = ((axes, tuple(range(len(contracted)))), ((), ()))
-  got = linear.dot_general(x, kernel, dimensions)
-  want = np.tensordot(x, kernel, len(contracted))
-  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+def test_matmul(leading, platform):
+  x, kernel = _draw(*leading, 4), _draw(4, 6, seed=1)
+  with platforms.compiling_for(platform):
+    got = linear.matmul(x, kernel)
+  np.testing.assert_allclose(got, np.matmul(x, kernel), rtol=1e-5, atol=1e-5)
 
 
 def test_gradient_makes_no_transposed_copy():
@@ -41,6 +36,16 @@ def test_gradient_makes_no_transposed_copy():
 
   assert count(linear.matmul) == 0
   assert count(jnp.matmul) > 0  # else there is nothing to avoid any more
+
+
+@pytest.mark.parametrize(
+  ("leading", "made"), [((8, 16), (8, 16, 20)), ((4, 2, 16), (8, 16, 20))]
+)
+def test_tokens_keep_their_axis_on_tpus(leading, made):
+  with platforms.compiling_for("tpu"):
+    program = jax.make_jaxpr(linear.matmul)(_draw(*leading, 12), _draw(12, 20))
+  (product,) = (x for x in program.eqns if str(x.primitive) == "dot_general")
+  assert product.outvars[0].aval.shape == made
 
 
 def test_matmul_keeps_options():

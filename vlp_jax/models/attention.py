@@ -1,12 +1,13 @@
 """Multi-head attention, self and cross."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vlp_jax.models.dense import DenseGeneral
+from vlp_jax.models.dense import FromHeads, ToHeads
 from vlp_jax.models.initializers import BlockInit
 from vlp_jax.ops import masks
 from vlp_jax.ops.attention import attend, attend_in_frames
@@ -55,14 +56,14 @@ class SelfAttention(nn.Module):
       probabilities `[B, N, T, T]` (of frames: both kinds) go to the collection
       `self_attention`, where that is mutable.
     """
-    width = x.shape[-1]
-    qkv = DenseGeneral(
-      (3, self.num_heads, width // self.num_heads),
-      kernel_init=self.inits.project(),
+    q, k, v = ToHeads(
+      self.num_heads,
+      x.shape[-1] // self.num_heads,
+      self.inits.project(),
+      sets=3,
       dtype=self.dtype,
       name="qkv",
     )(x)
-    q, k, v = (qkv[..., i, :, :] for i in range(3))
     if cache is not None:
       k, v = cache = tuple(
         jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=1)
@@ -94,25 +95,21 @@ class CrossAttention(nn.Module):
   kernel: str = "xla"
 
   def setup(self):
-    heads = (self.num_heads, self.inits.width // self.num_heads)
-    self.q = DenseGeneral(
-      heads,
-      kernel_init=self.inits.project(),
+    heads = functools.partial(
+      ToHeads,
+      self.num_heads,
+      self.inits.width // self.num_heads,
+      self.inits.project(),
       dtype=self.dtype,
     )
-    # Keys and values are made in one product: both read the same context.
-    self.kv = DenseGeneral(
-      (2, *heads),
-      kernel_init=self.inits.project(),
-      dtype=self.dtype,
-    )
+    self.q = heads()
+    self.kv = heads(sets=2)
     self.out = Out(self.inits, self.dtype)
     self.drop = Dropout(self.dropout)
 
   def project(self, context: jax.Array) -> KeysValues:
     """Returns keys and values `[B, S, N, H]` of a context `[B, S, C]`."""
-    kv = self.kv(context)
-    return kv[:, :, 0], kv[:, :, 1]
+    return self.kv(context)
 
   def __call__(
     self,
@@ -183,10 +180,9 @@ class Out(nn.Module):
 
   @nn.compact
   def __call__(self, heads: jax.Array) -> jax.Array:
-    return DenseGeneral(
+    return FromHeads(
       self.inits.width,
-      axis=(-2, -1),
-      kernel_init=self.inits.write(heads.shape[-2] * heads.shape[-1]),
+      self.inits.write(heads.shape[-2] * heads.shape[-1]),
       dtype=self.dtype,
       name="proj",
     )(heads)

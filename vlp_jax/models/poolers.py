@@ -1,5 +1,6 @@
 """From patch tokens to the image embedding and the decoder's context."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vlp_jax.models import initializers
-from vlp_jax.models.dense import Dense, DenseGeneral
+from vlp_jax.models.dense import Dense, FromHeads, ToHeads
 from vlp_jax.models.transformer import layer_norm
 from vlp_jax.ops.attention import attend
 
@@ -35,21 +36,21 @@ class AttentionPool(nn.Module):
   attention: str = "xla"
 
   def setup(self):
-    heads = (self.num_heads, self.width // self.num_heads)
-    xavier = nn.initializers.xavier_uniform()
+    heads = functools.partial(
+      ToHeads,
+      self.num_heads,
+      self.width // self.num_heads,
+      nn.initializers.xavier_uniform(),
+      dtype=self.dtype,
+    )
     self.query = self.param(
       "query", initializers.normal(1.0), (self.num_queries, self.width)
     )
     self.query_norm = layer_norm(dtype=self.dtype)
     self.token_norm = layer_norm(dtype=self.dtype)
-    self.q = DenseGeneral(heads, kernel_init=xavier, dtype=self.dtype)
-    self.k = DenseGeneral(heads, kernel_init=xavier, dtype=self.dtype)
-    self.v = DenseGeneral(heads, kernel_init=xavier, dtype=self.dtype)
-    self.out = DenseGeneral(
-      self.width,
-      axis=(-2, -1),
-      kernel_init=initializers.uniform(self.width**-0.5),
-      dtype=self.dtype,
+    self.q, self.k, self.v = heads(), heads(), heads()
+    self.out = FromHeads(
+      self.width, initializers.uniform(self.width**-0.5), dtype=self.dtype
     )
 
   def _attend(self, tokens: jax.Array, read: bool = False):
