@@ -260,6 +260,21 @@ ENTRY %main (a: bf16[8,5]) -> bf16[8,5] {
   assert telling == hlo.Work("custom-call", 70, 2 * 8 * 5 * 2, 1, True, None)
 
 
+def test_memory_that_is_given_is_not_written():
+  text = """
+HloModule m
+
+ENTRY %main (a: bf16[8,5]) -> bf16[16,5] {
+  %a = bf16[8,5]{1,0} parameter(0)
+  %b = bf16[16,5]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %c = s32[] constant(0)
+  ROOT %d = bf16[16,5]{1,0} dynamic-update-slice(%b, %a, %c, %c)
+}
+"""
+  (update,) = hlo.Module(text).work()
+  assert update.hbm_bytes == 2 * 8 * 5 * 2
+
+
 def test_sums_that_are_cut_are_scattered():
   work = list(hlo.Module(SCATTER).work())
   one = hlo.Collective("reduce-scatter", 8 * 5 * 2, 4)

@@ -30,6 +30,8 @@ _FREE = (
 _CALLS = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 _ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
+# Custom calls that give memory, or a name to what lies there.
+_EMPTY = re.compile(r'custom_call_target="(?:AllocateBuffer|ConcatBitcast)"')
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -101,6 +103,8 @@ class Module:
     computation = self.computations[name]
     for one in computation.values():
       if one.opcode in _FREE or one.opcode.endswith("-done"):
+        continue
+      if one.opcode == "custom-call" and _EMPTY.search(one.rest):
         continue
       called = _called(one)
       if one.opcode == "while":
