@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 _INFRASTRUCTURE = {
   *("sharding", "optim", "checkpoint", "metrics", "config", "flags", "command"),
-  *("factors", "fields", "hosts", "roll_call", "tpu_vm"),
+  *("factors", "fields", "hosts", "roll_call", "tpu_vm", "libtpu"),
   *("chips", "skips", "throughput", "profiling", "checksums"),
 }
 _COMMAND_LINE = {"command", "flags"}

@@ -14,6 +14,7 @@ from vlp_jax import aot, chips, roofline, sharding
 from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
 from vlp_jax.hlo import Collective, Work
+from vlp_jax.ops import platforms
 
 CHIP = chips.Chip(flops=100.0, memory=1000, bandwidth=10.0, link=1.0, links=4)
 
@@ -73,6 +74,7 @@ def test_bytes_of_a_device_s_part():
   assert roofline.shard_bytes(tree) == 4 * 3 * 2 + 5 * 4
 
 
+@platforms.compiling_for("tpu")
 def _report(config, shape, memory):
   mesh = sharding.make_mesh(shape, jax.devices()[:8])
   state = roofline.abstract_state(roofline.on_mesh(config, shape), mesh)
@@ -92,7 +94,8 @@ def _report(config, shape, memory):
 
 
 def test_a_mesh_that_holds_the_state_is_suggested():
-  config = config_lib.load("configs/coca.py:b16")
+  # The kernel is asked for where no TPU is.
+  config = config_lib.load("configs/coca.py:b16", ["model.attention=tpu"])
   # Parameters and two moments are 4.9 GiB; of four chips' parts 1.2.
   report = _report(config, (8, 1, 1), 6 * 2**30)
   assert report.state == pytest.approx(4.92 * 2**30, rel=0.01)

@@ -34,7 +34,7 @@ import rich.console
 import rich.table
 from jax.experimental import topologies
 
-from vlp_jax import chips, command, roofline, sharding
+from vlp_jax import chips, command, libtpu, roofline, sharding
 from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
 from vlp_jax.roofline import GIB, Report, Shape
@@ -92,11 +92,7 @@ def get_devices(topology: str) -> list[Any]:
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", topology.replace(":", "-"))
-  # Bytes: of some programs libtpu's threads overflow what they have by default.
-  stack = "--fibers_default_thread_stack_size=1048576"
-  flags = os.environ.get("LIBTPU_INIT_ARGS", "")
-  if "fibers_default_thread_stack_size" not in flags:
-    os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {stack}".strip()
+  libtpu.enlarge_stacks()
   jax.config.update("jax_platforms", "cpu")
   try:
     return list(topologies.get_topology_desc(topology, platform="tpu").devices)

@@ -13,7 +13,7 @@ class Chip(NamedTuple):
 
   Attributes:
     flops: operations a second of bfloat16 products, summed in float32.
-    memory: bytes of its own.
+    memory: bytes of its own that programs may use.
     bandwidth: bytes a second, from and to that memory.
     link: bytes a second of one link to other chips, one way.
     links: their number.
@@ -28,16 +28,17 @@ class Chip(NamedTuple):
 
 _GIB = 2**30
 
+# Of the memory of a v5e and a v6e, 16 and 32 GiB, XLA keeps some to itself
+# (libtpu 0.0.42.1: "exceeds available HBM (15.75G)").
 # https://docs.cloud.google.com/tpu/docs/v4; links: Jouppi et al. 2023, "TPU
 # v4", table 4.
 _V4 = Chip(275e12, 32 * _GIB, 1200e9, 50e9, 6)
 # https://docs.cloud.google.com/tpu/docs/v5e: 400 GB/s both ways, over 4 ports.
-# Its 16 GB are GiB, of which XLA takes 15.75 to be free.
-_V5E = Chip(197e12, 16 * _GIB, 819e9, 50e9, 4)
+_V5E = Chip(197e12, 15.75 * _GIB, 819e9, 50e9, 4)
 # https://docs.cloud.google.com/tpu/docs/v5p: 1,200 GB/s both ways, a 3D torus.
 _V5P = Chip(459e12, 95 * _GIB, 2765e9, 100e9, 6)
 # https://docs.cloud.google.com/tpu/docs/v6e: 800 GB/s both ways, over 4 ports.
-_V6E = Chip(918e12, 32 * _GIB, 1638e9, 100e9, 4)
+_V6E = Chip(918e12, 31.25 * _GIB, 1638e9, 100e9, 4)
 # https://docs.cloud.google.com/tpu/docs/tpu7x: 2,307 TFLOP/s, 192 GiB, 7,380
 # GB/s, and 1,200 GB/s both ways a chip, which is two devices; so the links are
 # shared by two.

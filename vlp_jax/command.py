@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from vlp_jax import hosts
+from vlp_jax import hosts, libtpu
 from vlp_jax.errors import UserError
 
 # What a launcher takes as "start me again" (sysexits.h: EX_TEMPFAIL).
@@ -37,6 +37,7 @@ def execute(main: Callable[[Sequence[str]], None]) -> None:
     main: called with the arguments, without the program's name.
   """
   logging.getLogger("absl").setLevel(logging.WARNING)
+  libtpu.enlarge_stacks()
   try:
     main(sys.argv[1:])
   except Preempted as stop:

@@ -107,14 +107,16 @@ def examine(config, devices: list[Any], shape: Shape) -> Report:
   except jax.errors.JaxRuntimeError as error:
     change = {"memory": needed(str(error), shard_bytes((state, batch)))}
   else:
-    work = list(hlo.Module(compiled.as_text()).work())
-    chip = chips.get(devices[0].device_kind)
-    change = summary(work, report.model_operations, chip)
     memory = compiled.memory_analysis()
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     used += memory.output_size_in_bytes - memory.alias_size_in_bytes
     used += memory.generated_code_size_in_bytes
-    change |= {"fits": True, "memory": used}
+    change = {"memory": used}
+    chip = chips.get(devices[0].device_kind)
+    if used <= chip.memory:  # XLA looks at what it needs beside the arguments
+      work = list(hlo.Module(compiled.as_text()).work())
+      figures = summary(work, report.model_operations, chip)
+      change |= {"fits": True, **figures}
   seconds = round(time.monotonic() - started, 1)
   return dataclasses.replace(report, **change, compile_seconds=seconds)
 
@@ -242,6 +244,7 @@ def splits(count: int) -> list[Shape]:
   return found
 
 
+@platforms.compiling_for("tpu")
 def suggest(config, report: Report, devices, memory: float) -> str:
   """Says what to try where a step does not fit.
 

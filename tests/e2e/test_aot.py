@@ -68,6 +68,24 @@ def test_what_does_not_fit_is_said_with_a_way_out(tmp_path):
   assert "try --config" in out
 
 
+def test_arguments_that_do_not_fit_are_seen(tmp_path):
+  """XLA compiles it: what it needs beside them is little."""
+  status, out, err = commands.run(
+    "aot",
+    "--config=configs/coca.py:l14",
+    "--topology=v5e:2x2",
+    "--mesh=4,1,1",
+    "--config.batch_size=160",
+    "--config.accumulate=1",
+    "--config.optimizer.name=adamw",
+    "--config.ema.decay=0.999",
+    cwd=tmp_path,
+  )
+  assert status == 0, err
+  assert "does NOT fit 15.8" in out
+  assert "try --mesh=1,4,1" in out
+
+
 def test_no_such_slice(tmp_path):
   status, _, err = commands.run(
     "aot", "--config=configs/clip.py:debug", "--topology=v5e:3x17", cwd=tmp_path
