@@ -7,10 +7,11 @@ whole batch (Gao et al. 2021, "Scaling deep contrastive learning batch size
 under memory limited setup"):
 
 1. Run all chunks without gradients; keep what `couple` needs of each example
-   and the sums by which means are divided.
+   and the sums by which means are divided. What neither depends on, such as
+   captions' logits, is left out by XLA.
 2. Differentiate `couple` on the whole batch, with respect to the parameters
    and to what it read of each example.
-3. Run each chunk again, and pull the latter gradient back through it.
+3. Run each chunk again, whole, and pull the latter gradient back through it.
 """
 
 from __future__ import annotations
@@ -137,11 +138,15 @@ def _total(
   return sum(parts, jnp.float32(0))
 
 
-def _divisors(terms: dict[str, Mean]) -> dict[str, jax.Array]:
+def _sizes(terms: dict[str, Mean]) -> dict[str, jax.Array]:
+  return {name: mean.weight for name, mean in terms.items()}
+
+
+def _divisors(sizes: dict[str, jax.Array]) -> dict[str, jax.Array]:
   """What totals are divided by: sums of weights, at least a tiny one."""
   return {
-    name: jax.lax.stop_gradient(jnp.maximum(mean.weight, 1e-6))
-    for name, mean in terms.items()
+    name: jax.lax.stop_gradient(jnp.maximum(size, 1e-6))
+    for name, size in sizes.items()
   }
 
 
@@ -153,7 +158,7 @@ def _plain(method, params, batch, ctx, weights):
     coupled = method.couple(params, out.shared, batch, ctx)
     terms = {**out.terms, **coupled.terms}
     means = {**terms, **out.report, **coupled.report}
-    total = _total(terms, _divisors(terms), weights)
+    total = _total(terms, _divisors(_sizes(terms)), weights)
     return total, (_settle(means), coupled.method_state)
 
   (_, (means, state)), grads = jax.value_and_grad(loss, has_aux=True)(params)
@@ -162,7 +167,7 @@ def _plain(method, params, batch, ctx, weights):
 
 def _settle(means: dict[str, Mean]) -> dict[str, Mean]:
   """Makes means safe to divide: nothing to average is 0 / tiny."""
-  divisors = _divisors(means)
+  divisors = _divisors(_sizes(means))
   return {k: Mean(m.total, divisors[k]) for k, m in means.items()}
 
 
@@ -177,21 +182,20 @@ def _accumulated(method, params, batch, ctx, weights, accumulate):
     rngs = {**ctx.rngs, "dropout": dropout}
     return method.forward(params, chunk, ctx._replace(rngs=rngs))
 
+  def prepare(_, item):
+    out = forward(params, *item)
+    return None, (out.shared, _sizes(out.terms))
+
   # Scans, not Python loops: XLA would merge the two passes of a loop, and
   # keep the activations of all chunks.
-  _, outs = jax.lax.scan(
-    lambda carry, item: (carry, forward(params, *item)),
-    None,
-    (chunks, numbers),
-  )
-  summed = jax.tree.map(lambda x: jnp.sum(x, axis=0), (outs.terms, outs.report))
-  divisors = _divisors(summed[0])
-  shared = jax.tree.map(lambda x: merge(x, ctx.sharding), outs.shared)
+  _, (shared, sizes) = jax.lax.scan(prepare, None, (chunks, numbers))
+  divisors = _divisors({k: jnp.sum(x) for k, x in sizes.items()})
+  shared = jax.tree.map(lambda x: merge(x, ctx.sharding), shared)
 
   def couple(params, shared):
     coupled: Coupled = method.couple(params, shared, batch, ctx)
-    total = _total(coupled.terms, _divisors(coupled.terms), weights)
-    return total, coupled
+    divisors = _divisors(_sizes(coupled.terms))
+    return _total(coupled.terms, divisors, weights), coupled
 
   (grads, grad_shared), coupled = jax.grad(couple, (0, 1), has_aux=True)(
     params, shared
@@ -206,11 +210,13 @@ def _accumulated(method, params, batch, ctx, weights, accumulate):
     def loss(params):
       out = forward(params, chunk, number)
       pulled = jax.tree.map(lambda x, g: jnp.sum(x * g), out.shared, pull)
-      return _total(out.terms, divisors, weights) + sum(jax.tree.leaves(pulled))
+      total = _total(out.terms, divisors, weights)
+      return total + sum(jax.tree.leaves(pulled)), {**out.terms, **out.report}
 
-    return jax.tree.map(jnp.add, grads, jax.grad(loss)(params)), None
+    grad, means = jax.grad(loss, has_aux=True)(params)
+    return jax.tree.map(jnp.add, grads, grad), means
 
-  grads, _ = jax.lax.scan(backward, grads, (chunks, numbers, grad_shared))
-  terms, report = summed
-  means = {**terms, **coupled.terms, **report, **coupled.report}
+  grads, means = jax.lax.scan(backward, grads, (chunks, numbers, grad_shared))
+  means = jax.tree.map(lambda x: jnp.sum(x, axis=0), means)
+  means = {**means, **coupled.terms, **coupled.report}
   return grads, _settle(means), coupled.method_state
