@@ -30,6 +30,7 @@ _GIB = 2**30
 
 # Of the memory of a v5e and a v6e, 16 and 32 GiB, XLA keeps some to itself
 # (libtpu 0.0.42.1: "exceeds available HBM (15.75G)").
+
 # https://docs.cloud.google.com/tpu/docs/v4; links: Jouppi et al. 2023, "TPU
 # v4", table 4.
 _V4 = Chip(275e12, 32 * _GIB, 1200e9, 50e9, 6)

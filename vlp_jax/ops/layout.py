@@ -38,7 +38,9 @@ def keep_rows(x: jax.Array) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
 
 
-def on_each_device(function: Callable, *arrays: jax.Array) -> jax.Array:
+def on_each_device(
+  function: Callable[[jax.Array], jax.Array], x: jax.Array
+) -> jax.Array:
   """Applies a function to the rows that each device holds, apart from others.
 
   Under `vmap` a loop goes on until all rows are done: left to the partitioner,
@@ -46,14 +48,14 @@ def on_each_device(function: Callable, *arrays: jax.Array) -> jax.Array:
   nothing, the function is just applied.
 
   Args:
-    function: maps arrays `[r, ...]` to one `[r, ...]`, each row by itself; it
-      closes over no traced array.
-    *arrays: `[R, ...]`, in the order of the batch.
+    function: maps `[r, ...]` to `[r, ...]`, each row by itself; it closes over
+      no traced array.
+    x: `[R, ...]`, in the order of the batch.
   """
   sharding = _SHARDING.get()
   count = rows_lib.devices(sharding)
-  if count == 1 or arrays[0].shape[0] % count:
-    return function(*arrays)
+  if count == 1 or x.shape[0] % count:
+    return function(x)
   rows = PartitionSpec(sharding.spec[0])
   return jax.shard_map(
     function,
@@ -61,7 +63,7 @@ def on_each_device(function: Callable, *arrays: jax.Array) -> jax.Array:
     in_specs=rows,
     out_specs=rows,
     check_vma=False,
-  )(*arrays)
+  )(x)
 
 
 def holds_groups(rows: int, group: int) -> bool:
