@@ -1,4 +1,7 @@
-"""Flax's dense layers, with tokens as the rows of one matrix."""
+"""Maps of tokens: flax's dense layer, and maps to heads and back.
+
+All products are those of `ops.linear`.
+"""
 
 import functools
 import math

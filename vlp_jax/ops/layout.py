@@ -23,15 +23,21 @@ def batch(sharding: NamedSharding) -> AbstractContextManager[NamedSharding]:
   return contexts.within(_SHARDING, sharding)
 
 
+def _cuts(x: jax.Array) -> NamedSharding | None:
+  """The batch's sharding, where several devices divide the rows of `x`."""
+  sharding = _SHARDING.get()
+  count = rows_lib.devices(sharding)
+  return None if count == 1 or x.shape[0] % count else sharding
+
+
 def keep_rows(x: jax.Array) -> jax.Array:
   """Keeps rows `[R, ...]`, in the order of the batch, on their devices.
 
   Other axes are left to the partitioner. Does nothing outside of `batch`, on
   one device, and to rows that devices do not divide: those of no batch.
   """
-  sharding = _SHARDING.get()
-  count = rows_lib.devices(sharding)
-  if count == 1 or x.shape[0] % count:
+  sharding = _cuts(x)
+  if sharding is None:
     return x
   free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
   spec = PartitionSpec(sharding.spec[0], *free)
@@ -52,9 +58,8 @@ def on_each_device(
       no traced array.
     x: `[R, ...]`, in the order of the batch.
   """
-  sharding = _SHARDING.get()
-  count = rows_lib.devices(sharding)
-  if count == 1 or x.shape[0] % count:
+  sharding = _cuts(x)
+  if sharding is None:
     return function(x)
   rows = PartitionSpec(sharding.spec[0])
   return jax.shard_map(
