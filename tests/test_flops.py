@@ -136,18 +136,29 @@ def _transformer_by_hand(batch, length, width, depth):
 
 
 @pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_a_transformer(scan, remat):
-  model = Transformer(16, 3, num_heads=2, scan=scan, remat=remat)
-  x = _array(2, 5, 16)
+@pytest.mark.parametrize(
+  ("remat", "again"),
+  [
+    # Products with weights, in units of width by width, and those of attention.
+    ("none", (0, 0)),
+    ("dots", (0, 2)),
+    ("attention", (3 + 4, 1)),
+    ("full", (3 + 1 + 4, 2)),
+  ],
+)
+def test_a_transformer(scan, remat, again):
+  """No gradient needs the MLP's last product, so that is never made again."""
+  batch, length, width, depth = 2, 5, 16, 3
+  model = Transformer(width, depth, num_heads=2, scan=scan, remat=remat)
+  x = _array(batch, length, width)
   params = jax.eval_shape(model.init, jax.random.key(0), x)
-  want = _transformer_by_hand(2, 5, 16, 3)
+  want = _transformer_by_hand(batch, length, width, depth)
   assert flops.count(model.apply, params, x) == want
   gradient = jax.grad(_sum(model.apply))
-  passes = 4 if remat == "full" else 3
-  # Recomputation leaves out the last product, which no gradient needs.
-  unread = 3 * 2 * 2 * 5 * 16 * 4 * 16 if remat == "full" else 0
-  assert flops.count(gradient, params, x) == passes * want - unread
+  squares, scores = again
+  recomputed = 2 * length * (squares * width**2 + scores * length * width)
+  got = flops.count(gradient, params, x)
+  assert got == 3 * want + batch * depth * recomputed
 
 
 def test_a_step_of_clip_by_hand():

@@ -37,6 +37,7 @@ from jax.experimental import topologies
 from vlp_jax import chips, command, libtpu, roofline, sharding
 from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
+from vlp_jax.models.transformer import REMAT_POLICIES
 from vlp_jax.roofline import GIB, Report, Shape
 
 FLAGS = dict(topology="", mesh="", sweep=False, output="")
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
   plans = [(shape, config.model.remat)]
   if flags["sweep"]:
     shapes = dict.fromkeys((shape, *roofline.splits(len(devices))))
-    plans = list(itertools.product(shapes, ("none", "dots", "full")))
+    plans = list(itertools.product(shapes, ("none", *REMAT_POLICIES)))
   reports = []
   for shape, remat in plans:
     config.model.remat = remat

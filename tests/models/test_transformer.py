@@ -10,7 +10,12 @@ import pytest
 
 from tests import toys
 from tests.models import reference
-from vlp_jax.models.transformer import Transformer, gelu, quick_gelu
+from vlp_jax.models.transformer import (
+  REMAT_POLICIES,
+  Transformer,
+  gelu,
+  quick_gelu,
+)
 from vlp_jax.ops import masks
 
 B, T, S, D, DEPTH = 2, 5, 4, 8, 2
@@ -114,7 +119,10 @@ def _value_and_gradient(scan, remat):
 
 @pytest.mark.parametrize(
   "scan, remat",
-  [(True, "full"), (True, "dots"), (False, "none"), (False, "full")],
+  [
+    *((True, policy) for policy in REMAT_POLICIES),
+    *((False, policy) for policy in ("none", "full")),
+  ],
 )
 def test_scan_and_remat_change_nothing(scan, remat):
   gradient, out, text = _value_and_gradient(scan, remat)

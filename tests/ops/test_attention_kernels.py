@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from tests import toys
 from vlp_jax import flops, sharding
 from vlp_jax.models.transformer import Transformer
-from vlp_jax.ops import attention, masks, platforms, tpu_attention
+from vlp_jax.ops import attention, dropout, masks, platforms, tpu_attention
 
 B, N, H = 2, 2, 8
 LENGTHS = np.array([2, 6], np.int32)
@@ -57,8 +57,8 @@ def inputs(t, s, dtype, leading=(B,)):
   return made, [np.asarray(x, np.float64) for x in made]
 
 
-def reference(q, k, v, g, mask):
-  """Output and gradients, by hand."""
+def reference(q, k, v, g, mask, drop=1.0):
+  """Output and gradients, by hand; probabilities are multiplied by `drop`."""
   t, s = q.shape[1], k.shape[1]
   seen = np.ones((B, t, s), bool)
   if mask.causal:
@@ -68,22 +68,24 @@ def reference(q, k, v, g, mask):
   scores = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(H)
   e = np.where(seen[:, None], np.exp(scores), 0)
   p = e / e.sum(axis=-1, keepdims=True)
-  dp = np.einsum("btnh,bsnh->bnts", g, v)
+  dp = np.einsum("btnh,bsnh->bnts", g, v) * drop
   ds = p * (dp - (p * dp).sum(axis=-1, keepdims=True)) / np.sqrt(H)
   return (
-    np.einsum("bnts,bsnh->btnh", p, v),
+    np.einsum("bnts,bsnh->btnh", p * drop, v),
     np.einsum("bnts,bsnh->btnh", ds, k),
     np.einsum("bnts,btnh->bsnh", ds, q),
-    np.einsum("bnts,btnh->bsnh", p, g),
+    np.einsum("bnts,btnh->bsnh", p * drop, g),
   )
 
 
-def run(kernel, q, k, v, g, mask):
+def run(kernel, q, k, v, g, mask, dropout=None):
   """Output and gradients, by a kernel that has to be the one chosen."""
 
   def both(q, k, v, g):
     out, pull = jax.vjp(
-      lambda *x: attention.attend(*x, mask, read=False, kernel=kernel)[0],
+      lambda *x: attention.attend(
+        *x, mask, dropout=dropout, read=False, kernel=kernel
+      )[0],
       *(q, k, v),
     )
     return out, *pull(g)
@@ -111,6 +113,53 @@ def assert_equals_reference(kernel, case, dtype):
 @pytest.mark.parametrize("kernel", ["xla", "tpu"])
 def test_output_and_gradients(interpreted, kernel, case, dtype):
   assert_equals_reference(kernel, case, dtype)
+
+
+def murmur(seeds, t, s):
+  """What a head keeps of `[t, s]` is where this is at least the rate."""
+  x = np.arange(t * s, dtype=np.uint32).reshape(t, s) ^ np.uint32(seeds[0])
+  x = (x ^ x >> 16) * np.uint32(0x85EBCA6B) ^ np.uint32(seeds[1])
+  x = (x ^ x >> 13) * np.uint32(0xC2B2AE35)
+  return ((x ^ x >> 16) >> 8) / 2**24
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kernel", ["xla", "tpu"])
+def test_dropout(interpreted, kernel, case):
+  (t, s, mask), rate = CASES[case], 0.3
+  made, exact = inputs(t, s, "float32")
+  drop = dropout.Drop(rate, jax.random.key(5))
+  if kernel == "xla":
+    keep = np.asarray(drop(jnp.ones((B, N, t, s)))) > 0
+  else:
+    seeds = np.asarray(tpu_attention.draw_seeds(drop.key, B, N)).view(np.uint32)
+    keep = np.array([[murmur(x, t, s) for x in row] for row in seeds]) >= rate
+  assert 0 < keep.mean() < 1
+  got = run(kernel, *made, mask, drop)
+  want = reference(*exact, mask, keep / (1 - rate))
+  for x, y in zip(got, want, strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_dropped_is_random():
+  """Of 48 heads: as many as asked for, whatever others and neighbours are."""
+  rate, t, s = 0.1, 64, 257
+  seeds = tpu_attention.draw_seeds(jax.random.key(0), 16, 3).reshape(-1, 2)
+  dropped = ~np.asarray(
+    jax.vmap(lambda x: tpu_attention.kept((x[0], x[1]), (t, s), rate))(seeds)
+  )
+
+  def share(of, rate):
+    """Standard deviations that the share of true ones is from a rate."""
+    return abs(of.mean() - rate) / np.sqrt(rate * (1 - rate) / of.size)
+
+  assert share(dropped, rate) < 4
+  for axis in (0, 1, 2):
+    assert share(dropped & np.roll(dropped, 1, axis), rate**2) < 4
+    means = dropped.mean(axis=axis)  # as even as those of independent draws
+    spread = means.std() / np.sqrt(rate * (1 - rate) / dropped.shape[axis])
+    assert abs(spread - 1) < 4 / np.sqrt(means.size)
+  assert tpu_attention.kept((seeds[0, 0], seeds[0, 1]), (t, s), 0.0).all()
 
 
 def test_the_tpu_s_kernel_says_what_it_does():
@@ -221,6 +270,7 @@ def test_frames(interpreted, kernel):
 # --- The choice ---------------------------------------------------------------
 
 READ, THROUGH = dict(read=True), dict(through=True)
+DROPPED = dict(dropped=True)
 ARRAY = dict(mask=np.ones((1, 5, 5), bool))
 # What is asked for, where, what is special about the place; kernel and reason.
 CHOICES = [
@@ -234,18 +284,15 @@ CHOICES = [
   ("auto", "cuda", dict(h=12), "xla", "cudnn takes no heads of 12 channels"),
   ("auto", "cuda", dict(h=136), "xla", "cudnn takes no heads of 136 channels"),
   ("auto", "cuda", READ, "xla", "its probabilities are read"),
-  (
-    "auto",
-    "cuda",
-    THROUGH,
-    "xla",
-    "its probabilities are dropped or perturbed",
-  ),
+  ("auto", "cuda", THROUGH, "xla", "its probabilities are perturbed"),
+  ("auto", "cuda", DROPPED, "xla", "its probabilities are dropped"),
   ("auto", "cuda", ARRAY, "xla", "its mask is more than causal or lengths"),
   ("xla", "cuda", {}, "xla", "cuda"),
   ("cudnn", "cuda", READ, "xla", "its probabilities are read"),
   ("tpu", "tpu", {}, "tpu", "tpu"),
   ("tpu", "tpu", dict(dtype="float32", h=12), "tpu", "tpu"),
+  ("tpu", "tpu", DROPPED, "tpu", "tpu"),
+  ("tpu", "tpu", THROUGH, "xla", "its probabilities are perturbed"),
   ("tpu", "tpu", ARRAY, "xla", "its mask is more than causal or lengths"),
   ("tpu", "tpu", dict(t=1025), "xla", "tpu takes no 1025 x 1025 scores"),
   ("tpu", "tpu", dict(n=3), "xla", "the mesh does not divide 4 examples and 3"),
@@ -258,7 +305,7 @@ def test_choices(asked, on, place, kernel, reason):
   place = dict(b=4, t=5, n=2, h=64, dtype="bfloat16") | place
   shape = [place.pop(x) for x in "btnh"]
   q = jax.ShapeDtypeStruct(shape, place.pop("dtype"))
-  place = dict(mask=None, through=False, read=False) | place
+  place = dict(mask=None, dropped=False, through=False, read=False) | place
   with jax.sharding.use_abstract_mesh(
     jax.sharding.AbstractMesh((2, 1, 2), sharding.AXES)
   ):
@@ -291,7 +338,11 @@ def stack_values(shape, **fields):
   stack = Transformer(**STACK, **fields)
 
   def loss(params, x):
-    out = stack.apply({"params": params}, x, MASKS[0], CONTEXT, MASKS[1])
+    out = stack.apply(
+      {"params": params},
+      *(x, MASKS[0], CONTEXT, MASKS[1]),
+      rngs={"dropout": jax.random.key(3)},
+    )
     return jnp.sum(jnp.sin(out))
 
   mesh = sharding.make_mesh(shape, jax.devices()[: np.prod(shape)])
@@ -309,6 +360,11 @@ def stack_by_xla():
   return stack_values((1, 1, 1))
 
 
+def assert_same(got, want):
+  for x, y in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
   ("shape", "scan", "remat"),
   [
@@ -318,22 +374,35 @@ def stack_by_xla():
 )
 def test_loops_recomputing_and_meshes(interpreted, shape, scan, remat):
   got = stack_values(shape, scan=scan, remat=remat, attention="tpu")
-  for x, y in zip(*map(jax.tree.leaves, (got, stack_by_xla())), strict=True):
-    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+  assert_same(got, stack_by_xla())
+
+
+@functools.cache
+def stack_that_drops():
+  return stack_values((1, 1, 1), dropout=0.3, attention="tpu")
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 1, 2), (1, 2, 2)])
+def test_what_is_dropped_depends_on_no_mesh(interpreted, shape):
+  """Nor on what is computed again."""
+  want = stack_that_drops()
+  got = stack_values(shape, dropout=0.3, remat="dots", attention="tpu")
+  assert_same(got, want)
+  assert abs(want[0] - stack_by_xla()[0]) > 0.1
 
 
 @pytest.mark.parametrize(
-  ("dropout", "rngs", "mutable", "reasons"),
+  ("rate", "rngs", "mutable", "reasons"),
   [
     (0.0, True, [], ["cpu"]),
     (0.5, False, [], ["cpu"]),
-    (0.5, True, [], ["its probabilities are dropped or perturbed"]),
+    (0.5, True, [], ["cpu"]),
     (0.0, False, ["intermediates"], ["cpu", "its probabilities are read"]),
     (0.0, False, ["self_attention"], ["its probabilities are read", "cpu"]),
   ],
 )
-def test_who_needs_probabilities_gets_them(dropout, rngs, mutable, reasons):
-  stack = Transformer(**STACK, dropout=dropout, attention="tpu")
+def test_who_needs_probabilities_gets_them(rate, rngs, mutable, reasons):
+  stack = Transformer(**STACK, dropout=rate, attention="tpu")
   apply = functools.partial(
     stack.apply,
     {"params": params()},

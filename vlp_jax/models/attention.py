@@ -6,11 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from vlp_jax.models.dense import FromHeads, ToHeads
 from vlp_jax.models.initializers import BlockInit
 from vlp_jax.ops import masks
 from vlp_jax.ops.attention import attend, attend_in_frames
+from vlp_jax.ops.dropout import Drop
 
 KeysValues = tuple[jax.Array, jax.Array]
 
@@ -21,10 +23,11 @@ class SelfAttention(nn.Module):
   Attributes:
     num_heads: N; the width must be a multiple.
     inits: the stack's initializers.
-    dropout: rate at which probabilities are dropped; see `Dropout`.
+    dropout: rate at which probabilities are dropped where the key `dropout` is
+      given to `apply`.
     dtype: of the matrix products.
     kernel: what computes it, a name in `ops.attention.KERNELS`; where
-      probabilities are dropped or read it is XLA always.
+      probabilities are read it is XLA always.
   """
 
   num_heads: int
@@ -70,9 +73,8 @@ class SelfAttention(nn.Module):
         for old, new in zip(cache, (k, v), strict=True)
       )
       mask = (jnp.arange(k.shape[1]) <= position)[None, None]
-    through = Dropout(self.dropout) if _drops(self) else None
     read = self.is_mutable_collection("self_attention")
-    options = dict(through=through, read=read, kernel=self.kernel)
+    options = dict(dropout=_drop(self), read=read, kernel=self.kernel)
     if x.ndim == 4:
       attended, probabilities = attend_in_frames(q, k, v, **options)
     else:
@@ -105,7 +107,6 @@ class CrossAttention(nn.Module):
     self.q = heads()
     self.kv = heads(sets=2)
     self.out = Out(self.inits, self.dtype)
-    self.drop = Dropout(self.dropout)
 
   def project(self, context: jax.Array) -> KeysValues:
     """Returns keys and values `[B, S, N, H]` of a context `[B, S, C]`."""
@@ -134,26 +135,26 @@ class CrossAttention(nn.Module):
     """
     perturbed = self.has_variable("perturbations", "attention_map")
 
-    def through(probabilities):
-      weights = self.drop(probabilities)
-      if perturbed:
-        weights += self.get_variable("perturbations", "attention_map")
-      return weights
+    def perturb(weights):
+      return weights + self.get_variable("perturbations", "attention_map")
 
     attended, probabilities = attend(
       self.q(x),
       *keys_values,
       mask,
-      through=through if perturbed or _drops(self) else None,
+      dropout=_drop(self),
+      through=perturb if perturbed else None,
       read=read,
       kernel=self.kernel,
     )
     return self.out(attended), probabilities
 
 
-def _drops(module: SelfAttention | CrossAttention) -> bool:
-  """Tells whether probabilities are dropped; see `Dropout`."""
-  return module.dropout > 0 and module.has_rng("dropout")
+def _drop(module: SelfAttention | CrossAttention) -> Drop | None:
+  """Returns what drops probabilities, if anything does."""
+  if module.dropout and module.has_rng("dropout"):
+    return Drop(module.dropout, module.make_rng("dropout"))
+  return None
 
 
 class Dropout(nn.Module):
@@ -173,16 +174,20 @@ class Dropout(nn.Module):
 
 
 class Out(nn.Module):
-  """The matrix after attention: heads `[..., N, H]` to `[..., D]`."""
+  """The matrix after attention: heads `[..., N, H]` to `[..., D]`.
+
+  Both have the name `attention` for policies of what the backward pass finds.
+  """
 
   inits: BlockInit
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, heads: jax.Array) -> jax.Array:
-    return FromHeads(
+    out = FromHeads(
       self.inits.width,
       self.inits.write(heads.shape[-2] * heads.shape[-1]),
       dtype=self.dtype,
       name="proj",
-    )(heads)
+    )(checkpoint_name(heads, "attention"))
+    return checkpoint_name(out, "attention")

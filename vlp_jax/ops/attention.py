@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from vlp_jax.ops import contexts, platforms
+from vlp_jax.ops.dropout import Drop
 from vlp_jax.ops.masks import Mask, dense
 
 # Large enough to vanish in a softmax, finite so that a row with nothing to
@@ -37,6 +38,7 @@ def choose(
   k_BSNH: jax.Array,
   mask: Mask | jax.Array | None,
   *,
+  dropped: bool,
   through: bool,
   read: bool,
 ) -> Choice:
@@ -48,7 +50,8 @@ def choose(
     q_BTNH: the queries, or their shape and dtype.
     k_BSNH: the keys, or theirs.
     mask: as for `attend`.
-    through: whether the probabilities go through something.
+    dropped: whether probabilities are dropped.
+    through: whether the probabilities go through something else.
     read: whether the probabilities are asked for.
 
   Returns:
@@ -60,11 +63,13 @@ def choose(
   if kernel == "xla":
     return Choice("xla", on)
   if through:
-    return Choice("xla", "its probabilities are dropped or perturbed")
+    return Choice("xla", "its probabilities are perturbed")
   if read:
     return Choice("xla", "its probabilities are read")
   if mask is not None and not isinstance(mask, Mask):
     return Choice("xla", "its mask is more than causal or lengths")
+  if dropped and kernel == "cudnn":
+    return Choice("xla", "its probabilities are dropped")
   fits = _tpu_problem if kernel == "tpu" else _cudnn_problem
   problem = fits(q_BTNH, k_BSNH)
   return Choice("xla", problem) if problem else Choice(kernel, on)
@@ -104,6 +109,7 @@ def attend(
   v_BSNH: jax.Array,
   mask: Mask | jax.Array | None = None,
   *,
+  dropout: Drop | None = None,
   through: Through | None = None,
   read: bool = True,
   kernel: str = "xla",
@@ -116,8 +122,9 @@ def attend(
     v_BSNH: values.
     mask: a `Mask`, or bool `[B or 1, T or 1, S]`, True = attend; None attends
       everywhere.
-    through: what the probabilities go through (dropout, say) before they
-      weigh the values.
+    dropout: of the probabilities; a kernel drops others than XLA, as many.
+    through: what the probabilities go through then, before they weigh the
+      values.
     read: whether the caller reads the probabilities.
     kernel: of `KERNELS`; see `choose`.
 
@@ -132,6 +139,7 @@ def attend(
     q_BTNH,
     k_BSNH,
     mask,
+    dropped=dropout is not None,
     through=through is not None,
     read=read,
   )
@@ -142,7 +150,8 @@ def attend(
   if choice.kernel == "tpu":
     from vlp_jax.ops import tpu_attention
 
-    return tpu_attention.attend(q_BTNH, k_BSNH, v_BSNH, mask or Mask()), None
+    out = tpu_attention.attend(q_BTNH, k_BSNH, v_BSNH, mask or Mask(), dropout)
+    return out, None
   mask_BTS = dense(mask, k_BSNH.shape[1])
   scale = q_BTNH.shape[-1] ** -0.5
   s_BNTS = jnp.einsum(
@@ -154,7 +163,8 @@ def attend(
   if mask_BTS is not None:
     s_BNTS = jnp.where(mask_BTS[:, None], s_BNTS, MASKED)
   p_BNTS = jax.nn.softmax(s_BNTS, axis=-1)
-  weights = p_BNTS if through is None else through(p_BNTS)
+  weights = p_BNTS if dropout is None else dropout(p_BNTS)
+  weights = weights if through is None else through(weights)
   o_BTNH = jnp.einsum("BNTS,BSNH->BTNH", weights.astype(v_BSNH.dtype), v_BSNH)
   return o_BTNH, p_BNTS
 
@@ -191,7 +201,11 @@ def _even(x: jax.Array) -> jax.Array:
 
 
 def attend_in_frames(
-  q_BFTNH: jax.Array, k_BFTNH: jax.Array, v_BFTNH: jax.Array, **options
+  q_BFTNH: jax.Array,
+  k_BFTNH: jax.Array,
+  v_BFTNH: jax.Array,
+  dropout: Drop | None = None,
+  **options,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
   """Attends inside of frames, and from each frame's first token to them all.
 
@@ -203,6 +217,7 @@ def attend_in_frames(
     q_BFTNH: queries of F frames of T tokens.
     k_BFTNH: keys.
     v_BFTNH: values.
+    dropout: of the probabilities.
     **options: `through`, `read`, `kernel`, as for `attend`.
 
   Returns:
@@ -215,15 +230,18 @@ def attend_in_frames(
   def merge(x, *leading):
     return x.reshape(*leading, *x.shape[-2:])
 
+  drop_first, drop_rest = dropout.split() if dropout else (None, None)
   first, p_first = attend(
     q_BFTNH[:, :, 0],
     *(merge(x, b, -1) for x in (k_BFTNH, v_BFTNH)),
+    dropout=drop_first,
     **options,
   )
   size = q_BFTNH.shape[2]
   rest, p_rest = attend(
     merge(q_BFTNH[:, :, 1:], b * f, size - 1),
     *(merge(x, b * f, size) for x in (k_BFTNH, v_BFTNH)),
+    dropout=drop_rest,
     **options,
   )
   rest = merge(rest, b, f, size - 1)
