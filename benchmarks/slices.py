@@ -100,7 +100,7 @@ def main() -> None:
   parser.add_argument("--output", type=pathlib.Path, default="runs/slices")
   parser.add_argument("--only", default="", help="of rows, a part of the name")
   args = parser.parse_args()
-  lines, commands = [], []
+  lines, commands, missing = [], [], []
   for row in ROWS:
     name = f"{row[0]}_{row[1]}".replace(":", "_").replace(".py", "")
     if args.only in name:
@@ -111,11 +111,14 @@ def main() -> None:
         )
       except subprocess.CalledProcessError as error:
         print(f"  left out: its compiler ended with {error.returncode}")
+        missing.append(name)
         continue
       lines.append(cells(row, *found["reports"]))
       commands.append(shlex.join(["python", *command(row)]))
   rounds.show_table(HEADS, lines)
   print("", *commands, sep="\n")
+  if missing:
+    sys.exit(f"not compiled: {', '.join(missing)}; start again to try again")
 
 
 if __name__ == "__main__":
