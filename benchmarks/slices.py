@@ -28,15 +28,15 @@ _ONE = "--config.accumulate=1"
 # The kernel and this policy are the best that there is by these counts: what
 # products make is kept, probabilities and all that is cheap are made again.
 _BEST = ("--config.model.attention=tpu", "--config.model.remat=dots")
+# Where 256 examples a chip leave no room for that.
 _FULL = ("--config.model.attention=tpu", "--config.model.remat=full")
 # Config, mesh, and what else is changed. Parameters are split over few chips
-# where a step has many passes, each of which gathers them. Of 65,536 examples,
-# 32 a chip and chunk: more, and activations leave fast memory.
+# where a step has many passes, each of which gathers them.
 _PLANS = (
   ("sycoca.py:b16", "16,16,1", (_WHOLE, *_BEST)),
   ("sycoca.py:l14", "16,16,1", (_WHOLE, *_BEST)),
   ("coca.py:b16", "16,16,1", (_WHOLE, *_BEST)),
-  ("coca.py:l14", "16,16,1", ("--config.accumulate=8", *_BEST)),
+  ("coca.py:l14", "16,16,1", _FULL),
   ("simla.py:b16", "64,4,1", _BEST),
   ("simla.py:l14", "64,4,1", _BEST),
   ("scl.py:b16", "64,4,1", (_ONE, *_BEST)),
@@ -44,7 +44,7 @@ _PLANS = (
 )
 ROWS = (
   *(("v5e:16x16", *plan) for plan in _PLANS),
-  ("v5p:4x8x8", "coca.py:g18", "16,16,1", (_ONE, *_FULL)),
+  ("v5p:4x8x8", "coca.py:g18", "16,16,1", _FULL),
   *(("v6e:16x16", *plan) for plan in _PLANS),
 )
 KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}

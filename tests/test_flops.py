@@ -142,7 +142,6 @@ def _transformer_by_hand(batch, length, width, depth):
     # Products with weights, in units of width by width, and those of attention.
     ("none", (0, 0)),
     ("dots", (0, 2)),
-    ("attention", (3 + 4, 1)),
     ("full", (3 + 1 + 4, 2)),
   ],
 )

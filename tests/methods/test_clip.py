@@ -98,10 +98,7 @@ def test_the_order_of_the_batch_does_not_matter():
     ("model.vision.width=18", "sincos positions need .* % 4 == 0"),
     ("model.vision.num_heads=5", "5 heads do not divide a width of 16"),
     ("model.activation=swish", "'swish', not one of gelu, quick_gelu, relu2"),
-    (
-      "model.remat=all",
-      "remat is 'all', not one of none, full, attention, dots",
-    ),
+    ("model.remat=all", "remat is 'all', not one of none, full, dots"),
     ("model.dtype=int8", "dtype is 'int8', not one of auto, float32, bfloat16"),
   ],
 )

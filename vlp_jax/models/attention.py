@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 
 from vlp_jax.models.dense import FromHeads, ToHeads
 from vlp_jax.models.initializers import BlockInit
@@ -174,20 +173,16 @@ class Dropout(nn.Module):
 
 
 class Out(nn.Module):
-  """The matrix after attention: heads `[..., N, H]` to `[..., D]`.
-
-  Both have the name `attention` for policies of what the backward pass finds.
-  """
+  """The matrix after attention: heads `[..., N, H]` to `[..., D]`."""
 
   inits: BlockInit
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, heads: jax.Array) -> jax.Array:
-    out = FromHeads(
+    return FromHeads(
       self.inits.width,
       self.inits.write(heads.shape[-2] * heads.shape[-1]),
       dtype=self.dtype,
       name="proj",
-    )(checkpoint_name(heads, "attention"))
-    return checkpoint_name(out, "attention")
+    )(heads)

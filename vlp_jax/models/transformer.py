@@ -60,7 +60,6 @@ ACTIVATIONS = {
 }
 REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
-  "attention": jax.checkpoint_policies.save_only_these_names("attention"),
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
