@@ -9,8 +9,8 @@ arguments and results; the bytes that XLA says its instructions read and write,
 wherever these are; and cycles of one layer, which are XLA's own estimates for
 its instructions and, for the kernel, the instruction words of a program times
 the number of programs. No clock was involved. `flash` is jax's own kernel, on
-sequences padded to whole registers, attention alone. One line of JSON is added
-to `--output`.
+sequences padded to whole registers, attention alone; it drops no probabilities.
+One line of JSON is added to `--output`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,14 +35,26 @@ from jax.experimental.pallas.ops.tpu import flash_attention as flash
 from benchmarks import rounds
 from vlp_jax.models.transformer import Transformer
 from vlp_jax.ops import attention, platforms, tpu_attention
+from vlp_jax.ops.dropout import Drop
 from vlp_jax.ops.masks import Mask
 
-# Examples a chip, tokens, heads of 64 channels, and whether it is causal.
+
+class Shape(NamedTuple):
+  """A stack: examples a chip, tokens, heads of 64 channels, dropout's rate."""
+
+  batch: int
+  tokens: int
+  heads: int
+  causal: bool = False
+  dropout: float = 0.0
+
+
 SHAPES = {
-  "ViT-L/14, 224 pixels": (8, 257, 16, False),
-  "ViT-L/14, 224 pixels, more a chip": (64, 257, 16, False),
-  "ViT-L/14, 336 pixels": (8, 577, 16, False),
-  "caption decoder": (8, 76, 12, True),
+  "ViT-L/14, 224 pixels": Shape(8, 257, 16),
+  "ViT-L/14, 224 pixels, more a chip": Shape(64, 257, 16),
+  "ViT-L/14, 336 pixels": Shape(8, 577, 16),
+  "caption decoder": Shape(8, 76, 12, causal=True),
+  "SCL's stream of patches, dropout": Shape(48, 257, 16, dropout=0.1),
 }
 CHANNELS, DEPTH = 64, 4
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax")
@@ -67,16 +80,27 @@ def main() -> None:
   rounds.keep(record, options.output)
 
 
-def gradients(kernel: str, mask: Mask):
+def kernels_for(shape: Shape) -> tuple[str, ...]:
+  """Names the kernels of TPUs that can do it."""
+  return ("tpu",) if shape.dropout else ("tpu", "flash")
+
+
+def gradients(kernel: str, shape: Shape):
   """Returns a function of q, k, v and the output's gradient: all gradients."""
+  mask = Mask(causal=shape.causal)
 
   def run(q, k, v, g):
+    key = jax.random.key(0)
+    dropout = Drop(shape.dropout, key) if shape.dropout else None
+
     def attend(*x):
       if kernel == "flash":
         return flash_padded(*x, mask)
       if kernel == "tpu":
-        return tpu_attention.attend(*x, mask)
-      return attention.attend(*x, mask, read=False, kernel=kernel)[0]
+        return tpu_attention.attend(*x, mask, dropout)
+      return attention.attend(
+        *x, mask, dropout=dropout, read=False, kernel=kernel
+      )[0]
 
     out, pull = jax.vjp(attend, q, k, v)
     return out, *pull(g)
@@ -123,8 +147,8 @@ def compiled() -> dict:
   """Returns what is known of each shape and kernel before anything runs."""
   # First of all: one process at a time may have libtpu.
   kernels = {
-    name: {kernel: count_words(kernel, name) for kernel in ("tpu", "flash")}
-    for name in SHAPES
+    name: {kernel: count_words(kernel, name) for kernel in kernels_for(shape)}
+    for name, shape in SHAPES.items()
   }
   found = {}
   for name, words_of in kernels.items():
@@ -136,16 +160,22 @@ def compiled() -> dict:
 
 def stack(kernel: str, name: str) -> dict:
   """Compiles a stack, forward and backward, for one chip."""
-  batch, tokens, heads, causal = SHAPES[name]
+  shape = SHAPES[name]
+  width = shape.heads * CHANNELS
   model = Transformer(
-    heads * CHANNELS, DEPTH, heads, dtype=jnp.bfloat16, attention=kernel
+    *(width, DEPTH, shape.heads),
+    dropout=shape.dropout,
+    dtype=jnp.bfloat16,
+    attention=kernel,
   )
-  chip, mask = on_v5e(), Mask(causal=causal)
-  x = jax.ShapeDtypeStruct((batch, tokens, heads * CHANNELS), jnp.bfloat16)
+  chip, mask = on_v5e(), Mask(causal=shape.causal)
+  x = jax.ShapeDtypeStruct((shape.batch, shape.tokens, width), jnp.bfloat16)
   params = jax.eval_shape(model.init, jax.random.key(0), x)
 
   def loss(params, x):
-    return jnp.sum(jnp.square(model.apply(params, x, mask).astype(jnp.float32)))
+    rngs = {"dropout": jax.random.key(0)}
+    out = model.apply(params, x, mask, rngs=rngs)
+    return jnp.sum(jnp.square(out.astype(jnp.float32)))
 
   with attention.choices() as found:
     lowered = jax.jit(jax.grad(loss)).lower(*abstract((params, x), chip))
@@ -175,9 +205,10 @@ def count_words(kernel: str, name: str) -> int:
 
 def words(kernel: str, name: str, folder: str) -> int:
   """Returns the instruction words of all programs, forward and backward."""
-  batch, tokens, heads, causal = SHAPES[name]
+  shape = SHAPES[name]
+  batch, tokens, heads = shape[:3]
   x = jax.ShapeDtypeStruct((batch, tokens, heads, CHANNELS), jnp.bfloat16)
-  function = jax.jit(gradients(kernel, Mask(causal=causal)))
+  function = jax.jit(gradients(kernel, shape))
   program = function.lower(*abstract([x] * 4, on_v5e())).compile()
   line = r"%(\S+) = .* custom-call\(.*tpu_custom_call"
   found = 0
@@ -193,12 +224,12 @@ def words(kernel: str, name: str, folder: str) -> int:
 
 def ratios(name: str, count: int) -> dict:
   """Times each kernel that runs here; returns ratios to XLA, by round."""
-  batch, tokens, heads, causal = SHAPES[name]
-  kernels = {"cuda": ("xla", "cudnn"), "tpu": ("xla", "tpu", "flash")}
-  kernels = kernels.get(platforms.platform(), ("xla",))
-  shape = (4, batch, tokens, heads, CHANNELS)
-  made = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
-  functions = {k: jax.jit(gradients(k, Mask(causal=causal))) for k in kernels}
+  shape = SHAPES[name]
+  own = {"cuda": () if shape.dropout else ("cudnn",), "tpu": kernels_for(shape)}
+  kernels = ("xla", *own.get(platforms.platform(), ()))
+  size = (4, *shape[:3], CHANNELS)
+  made = jax.random.normal(jax.random.key(0), size, jnp.bfloat16)
+  functions = {k: jax.jit(gradients(k, shape)) for k in kernels}
   seconds = {kernel: [] for kernel in kernels}
   for number in range(count + 1):
     for kernel, function in functions.items():

@@ -10,18 +10,16 @@ from jax.experimental import pallas as pl
 
 from benchmarks import attention
 from tests import toys
-from vlp_jax.ops.masks import Mask
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_kernels_agree(causal):
-  shape = (4, 1, 5, 2, attention.CHANNELS)
-  made = jax.random.normal(jax.random.key(0), shape)
-  mask = Mask(causal=causal)
+  shape = attention.Shape(1, 5, 2, causal)
+  made = jax.random.normal(jax.random.key(0), (4, 1, 5, 2, attention.CHANNELS))
   call = functools.partial(pl.pallas_call, interpret=True)
   with mock.patch.object(pl, "pallas_call", call):
     want, *others = (
-      toys.jit(attention.gradients(kernel, mask))(*made)
+      toys.jit(attention.gradients(kernel, shape))(*made)
       for kernel in ("xla", "tpu", "flash")
     )
   for other in others:
@@ -29,6 +27,20 @@ def test_kernels_agree(causal):
       np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_dropped_is_dropped():
+  shape = attention.Shape(1, 5, 2, dropout=0.5)
+  made = jax.random.normal(jax.random.key(0), (4, 1, 5, 2, attention.CHANNELS))
+  assert attention.kernels_for(shape) == ("tpu",)
+  call = functools.partial(pl.pallas_call, interpret=True)
+  with mock.patch.object(pl, "pallas_call", call):
+    for kernel in ("xla", "tpu"):
+      all_kept, dropped = (
+        toys.jit(attention.gradients(kernel, x))(*made)
+        for x in (shape._replace(dropout=0.0), shape)
+      )
+      assert np.abs(all_kept[0] - dropped[0]).max() > 0.1
+
+
 def test_a_device_without_kernels_is_compared_with_itself(monkeypatch):
-  monkeypatch.setitem(attention.SHAPES, "small", (1, 3, 2, False))
+  monkeypatch.setitem(attention.SHAPES, "small", attention.Shape(1, 3, 2))
   assert attention.ratios("small", 1) == {"xla": 1.0}
