@@ -267,6 +267,36 @@ def test_frames(interpreted, kernel):
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kernel", ["xla", "tpu"])
+def test_frames_and_dropout(interpreted, kernel):
+  """First tokens and the others drop each on their own."""
+  f, t = 2, 4
+  (q, k, v, _), _ = inputs(t, t, "float32", (B, f))
+  drop = dropout.Drop(0.5, jax.random.key(1))
+  first, rest = drop.split()
+
+  def apart(q, k, v):
+    options = dict(read=False, kernel=kernel)
+    every = [x.reshape(B, f * t, N, H) for x in (k, v)]
+    each = [x.reshape(B * f, t, N, H) for x in (q, k, v)]
+    each[0] = each[0][:, 1:]
+    return (
+      attention.attend(q[:, :, 0], *every, dropout=first, **options)[0],
+      attention.attend(*each, dropout=rest, **options)[0],
+    )
+
+  together = functools.partial(
+    attention.attend_in_frames, dropout=drop, read=False, kernel=kernel
+  )
+  got, _ = toys.jit(on_mesh(together, 1, 1, 1))(q, k, v)
+  want_first, want_rest = toys.jit(on_mesh(apart, 1, 1, 1))(q, k, v)
+  np.testing.assert_allclose(got[:, :, 0], want_first, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+    got[:, :, 1:], want_rest.reshape(B, f, t - 1, N, H), rtol=1e-5, atol=1e-6
+  )
+  assert (jax.random.key_data(first.key) != jax.random.key_data(rest.key)).any()
+
+
 # --- The choice ---------------------------------------------------------------
 
 READ, THROUGH = dict(read=True), dict(through=True)
