@@ -1,4 +1,4 @@
-"""Fused attention: against NumPy, where it is chosen, loops, meshes.
+"""Fused attention: against NumPy, dropout, loops, meshes.
 
 The TPU's kernel is interpreted; cuDNN's runs where there is a GPU for it, and
 elsewhere is only lowered, with its version made up.
@@ -297,59 +297,6 @@ def test_frames_and_dropout(interpreted, kernel):
   assert (jax.random.key_data(first.key) != jax.random.key_data(rest.key)).any()
 
 
-# --- The choice ---------------------------------------------------------------
-
-READ, THROUGH = dict(read=True), dict(through=True)
-DROPPED = dict(dropped=True)
-ARRAY = dict(mask=np.ones((1, 5, 5), bool))
-# What is asked for, where, what is special about the place; kernel and reason.
-CHOICES = [
-  ("auto", "cpu", {}, "xla", "cpu"),
-  ("auto", "tpu", {}, "xla", "tpu"),
-  ("auto", "gpu", {}, "xla", "gpu"),
-  ("auto", "cuda", {}, "cudnn", "cuda"),
-  ("auto", "cuda", dict(mask=masks.Mask(LENGTHS, True)), "cudnn", "cuda"),
-  ("auto", "cuda", dict(dtype="float16"), "cudnn", "cuda"),
-  ("auto", "cuda", dict(dtype="float32"), "xla", "cudnn takes no float32"),
-  ("auto", "cuda", dict(h=12), "xla", "cudnn takes no heads of 12 channels"),
-  ("auto", "cuda", dict(h=136), "xla", "cudnn takes no heads of 136 channels"),
-  ("auto", "cuda", READ, "xla", "its probabilities are read"),
-  ("auto", "cuda", THROUGH, "xla", "its probabilities are perturbed"),
-  ("auto", "cuda", DROPPED, "xla", "its probabilities are dropped"),
-  ("auto", "cuda", ARRAY, "xla", "its mask is more than causal or lengths"),
-  ("xla", "cuda", {}, "xla", "cuda"),
-  ("cudnn", "cuda", READ, "xla", "its probabilities are read"),
-  ("tpu", "tpu", {}, "tpu", "tpu"),
-  ("tpu", "tpu", dict(dtype="float32", h=12), "tpu", "tpu"),
-  ("tpu", "tpu", DROPPED, "tpu", "tpu"),
-  ("tpu", "tpu", THROUGH, "xla", "its probabilities are perturbed"),
-  ("tpu", "tpu", ARRAY, "xla", "its mask is more than causal or lengths"),
-  ("tpu", "tpu", dict(t=1025), "xla", "tpu takes no 1025 x 1025 scores"),
-  ("tpu", "tpu", dict(n=3), "xla", "the mesh does not divide 4 examples and 3"),
-  ("tpu", "tpu", dict(b=3), "xla", "the mesh does not divide 3 examples and 2"),
-]
-
-
-@pytest.mark.parametrize(("asked", "on", "place", "kernel", "reason"), CHOICES)
-def test_choices(asked, on, place, kernel, reason):
-  place = dict(b=4, t=5, n=2, h=64, dtype="bfloat16") | place
-  shape = [place.pop(x) for x in "btnh"]
-  q = jax.ShapeDtypeStruct(shape, place.pop("dtype"))
-  place = dict(mask=None, dropped=False, through=False, read=False) | place
-  with jax.sharding.use_abstract_mesh(
-    jax.sharding.AbstractMesh((2, 1, 2), sharding.AXES)
-  ):
-    found = attention.choose(asked, on, q, q, **place)
-  assert found.kernel == kernel
-  assert found.reason.startswith(reason)
-
-
-def test_without_a_mesh_several_devices_do_without_the_kernel():
-  q = jax.ShapeDtypeStruct((4, 5, 2, 64), "bfloat16")
-  assert jax.device_count() > 1
-  assert "mesh" in tpu_attention.problem(q, q)
-
-
 # --- In a stack ---------------------------------------------------------------
 
 STACK = dict(width=16, depth=2, num_heads=2, cross=True)
@@ -444,15 +391,3 @@ def test_who_needs_probabilities_gets_them(rate, rngs, mutable, reasons):
     _, sown = jax.eval_shape(on_mesh(apply, 1, 1, 1), X)
   assert [choice.reason for choice in found] == reasons
   assert list(sown) == mutable
-
-
-def test_masks_become_arrays():
-  lengths = np.array([0, 2, 3])
-  both = masks.dense(masks.Mask(lengths, causal=True), 3)
-  np.testing.assert_array_equal(
-    both,
-    np.tril(np.ones((3, 3), bool)) & (np.arange(3) < lengths[:, None, None]),
-  )
-  assert masks.dense(masks.Mask(lengths), 3).shape == (3, 1, 3)
-  assert masks.dense(masks.Mask(), 3) is None
-  assert masks.dense(None, 3) is None

@@ -33,3 +33,15 @@ def test_cls_comes_last(legacy):
     shifted = {0} | {1 + token for token in real}
     expected = shifted if legacy else real | {size}
     assert set(np.flatnonzero(rows[size])) == expected
+
+
+def test_masks_become_arrays():
+  lengths = np.array([0, 2, 3])
+  both = masks.dense(masks.Mask(lengths, causal=True), 3)
+  np.testing.assert_array_equal(
+    both,
+    np.tril(np.ones((3, 3), bool)) & (np.arange(3) < lengths[:, None, None]),
+  )
+  assert masks.dense(masks.Mask(lengths), 3).shape == (3, 1, 3)
+  assert masks.dense(masks.Mask(), 3) is None
+  assert masks.dense(None, 3) is None
