@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 _INFRASTRUCTURE = {
   *("sharding", "optim", "checkpoint", "metrics", "config", "flags", "command"),
   *("factors", "fields", "hosts", "roll_call", "tpu_vm", "libtpu"),
-  *("chips", "skips", "throughput", "profiling", "checksums"),
+  *("chips", "skips", "throughput", "profiling", "checksums", "quiet"),
 }
 _COMMAND_LINE = {"command", "flags"}
 _LOOP = {"train_state", "train_step", "train"}

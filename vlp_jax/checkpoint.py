@@ -22,7 +22,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from vlp_jax import checksums
+from vlp_jax import checksums, quiet
 from vlp_jax.errors import UserError
 
 # How TensorStore begins to tell of files that are not whole; there are others,
@@ -61,7 +61,7 @@ class Checkpointer:
     Raises:
       UserError: if the folder cannot be made or written.
     """
-    logging.getLogger("absl").addFilter(_not_orbax)
+    quiet.hush()
     self._directory = pathlib.Path(directory).absolute()
     self._best_metric = best_metric
     kept = [policies.LatestN(keep)]
@@ -258,7 +258,7 @@ def save_params(path: str | os.PathLike, params: Any) -> None:
     UserError: for want of space or permission.
   """
   path = pathlib.Path(path).absolute()
-  logging.getLogger("absl").addFilter(_not_orbax)
+  quiet.hush()
   writer = ocp.Checkpointer(ocp.StandardCheckpointHandler())
   with _explained(path), writer:
     writer.save(path, args=ocp.args.StandardSave(params))
@@ -275,7 +275,7 @@ def load_params(path: str | os.PathLike, abstract: Any) -> Any:
     UserError: if it is missing, damaged or of another structure.
   """
   path = pathlib.Path(path).absolute()
-  logging.getLogger("absl").addFilter(_not_orbax)
+  quiet.hush()
   if not path.is_dir():
     raise UserError(f"no parameters in {path}")
   reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
@@ -402,8 +402,3 @@ def _is_damage(causes: list[BaseException]) -> bool:
   if states:
     return any(state in _DAMAGE for state in states)
   return any(isinstance(error, _DAMAGED) for error in causes)
-
-
-def _not_orbax(record: logging.LogRecord) -> bool:
-  """Drops Orbax's log: what goes wrong is raised, and told once."""
-  return "orbax" not in record.pathname

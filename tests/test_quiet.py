@@ -1,0 +1,63 @@
+"""What is told of an error of a checkpoint: once, by who catches it."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from vlp_jax import quiet
+
+# A future whose event loop is gone when it ends.
+LATE = """
+import asyncio, sys, tensorstore
+from vlp_jax import quiet
+
+async def leave_waiting():
+  promise, future = tensorstore.Promise.new()
+  waiting.append(asyncio.ensure_future(wait(future)))
+  await asyncio.sleep(0)
+  return promise
+
+async def wait(future):
+  await future
+
+class Untold:
+  def __del__(self):
+    raise RuntimeError("something else")
+
+if sys.argv[1] == "hushed":
+  quiet.hush()
+  quiet.hush()
+waiting = []
+loop = asyncio.new_event_loop()
+promise = loop.run_until_complete(leave_waiting())
+loop.close()
+promise.set_result(1)
+Untold()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("hushed", [False, True])
+def test_what_ends_too_late_says_nothing(hushed):
+  argument = "hushed" if hushed else "loud"
+  found = subprocess.run(
+    [sys.executable, "-c", LATE, argument],
+    capture_output=True,
+    text=True,
+    check=True,
+    timeout=60,
+  )
+  assert found.stdout == "done\n"
+  assert ("Event loop is closed" in found.stderr) == (not hushed)
+  assert "something else" in found.stderr
+
+
+def test_orbax_s_log_is_dropped(caplog):
+  quiet.hush()
+  logger = logging.getLogger("absl")
+  for path in ("/site-packages/orbax/checkpoint/x.py", "/vlp_jax/main.py"):
+    record = logger.makeRecord("absl", logging.ERROR, path, 1, path, (), None)
+    logger.handle(record)
+  assert [record.pathname for record in caplog.records] == ["/vlp_jax/main.py"]

@@ -1,0 +1,32 @@
+"""Silence for what Orbax and TensorStore print of errors that are told."""
+
+import functools
+import logging
+import sys
+
+
+def hush() -> None:
+  """Leaves it to whoever catches an error of a checkpoint to tell it, once.
+
+  Orbax logs what it raises. Where one of many files cannot be written, it does
+  not wait for the others, and TensorStore prints a traceback for each that
+  ends later and finds nobody to tell.
+  """
+  logging.getLogger("absl").addFilter(_not_orbax)
+  _hush_late_futures()
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+  return "orbax" not in record.pathname
+
+
+@functools.cache
+def _hush_late_futures() -> None:
+  """Puts itself before what shows errors that cannot be raised."""
+  show = sys.unraisablehook
+
+  def show_others(unraisable) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      show(unraisable)
+
+  sys.unraisablehook = show_others
