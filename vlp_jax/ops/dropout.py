@@ -18,7 +18,14 @@ class Drop(NamedTuple):
   key: jax.Array
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Keeps each number with probability 1 - rate, scaled by its inverse."""
+    """Keeps each number with probability 1 - rate, scaled by its inverse.
+
+    Args:
+      x: of any shape.
+
+    Returns:
+      What `x` is.
+    """
     keep = jax.random.bernoulli(self.key, 1 - self.rate, x.shape)
     return jnp.where(keep, x / (1 - self.rate), jnp.zeros_like(x))
 

@@ -93,7 +93,13 @@ def attend(
 
 
 def draw_seeds(key: jax.Array, b: int, n: int) -> jax.Array:
-  """Draws what `kept` wants: two numbers for each example and head."""
+  """Draws what `kept` wants of each example and head: int32 `[b, n, 2]`.
+
+  Args:
+    key: what decides.
+    b: number of examples, those of all devices.
+    n: number of heads.
+  """
   return jax.random.bits(key, (b, n, 2)).astype(jnp.int32)
 
 
