@@ -111,7 +111,7 @@ def peaks(options: argparse.Namespace) -> dict[str, int]:
 
 def make(options: argparse.Namespace):
   """Makes one of the second table's: facts, and what runs so many steps."""
-  size = argparse.Namespace(size="s16", batch_size=16)
+  size = argparse.Namespace(size="s16", batch_size=16, dtype="float32")
   if options.worker == PEER:
     return train_step.make_peer(train_step.load_config("coca_base", size))
   more = PEAKS[options.worker]

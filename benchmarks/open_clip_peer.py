@@ -51,12 +51,12 @@ def available(*more: str) -> bool:
   return True
 
 
-def compiles() -> bool:
-  """Tells whether `torch.compile` works here; says if not."""
+def compiles(device: str) -> bool:
+  """Tells whether `torch.compile` works for a device; says if not."""
   import torch
 
   try:
-    torch.compile(lambda x: 2 * x + 1)(torch.ones(8))
+    torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device=device))
   except Exception as error:  # of various types: without a C++ compiler, ...
     reason = str(error).strip().splitlines()[0]
     print(f"without torch.compile: {reason}", file=sys.stderr)

@@ -3,18 +3,25 @@
   python -m benchmarks.train_step                        about ten minutes
   python -m benchmarks.train_step --rounds=2 --steps=3   does it run at all
   python -m benchmarks.train_step --size=s16 --batch_size=16 --steps=2
+  python -m benchmarks.train_step --device=cuda --dtype=bfloat16 --size=l14
 
-A step is forward, backward, clipping to a norm of 1 and AdamW, in float32, on
-one batch that lies in memory. Sizes are those of `configs/coca.py` (`tiny`), or
-ViT-S/16's at 224 pixels (`s16`), for which open_clip's and `coca_base` are
-compared. The contenders:
+A step is forward, backward, clipping to a norm of 1 and AdamW, on one batch
+that lies in the device's memory; in float32, or with products in bfloat16 (by
+autocast in open_clip). Sizes are `tiny`, `b16` and `l14` of `configs/coca.py`,
+or ViT-S/16's at 224 pixels (`s16`); but for `tiny`, open_clip's and `coca_base`
+alone are compared. GFLOP are a step's model operations (`vlp_jax/flops.py`),
+utilisation their share of the device's peak, where that is known.
+
+The contenders:
 
   open_clip          its CoCa and losses, eager as it trains by default, with
                      PyTorch's fused AdamW, on threads for all cores
-  open_clip_huge     the same in huge pages of memory, which it does not ask for
+  open_clip_huge     the same in huge pages of memory, which it does not ask
+                     for; on CPUs
   open_clip_compiled the same by torch.compile, where that works
   coca_base          ours with the same operations: [CLS], GELU, two MLPs a
-                     decoder layer; on one JAX device with threads, the default
+                     decoder layer; on one JAX device with threads, the default.
+                     `b16` and `l14` are so by themselves
   coca_base_devices  the same with a JAX device a core, the batch cut by device
   coca               configs/coca.py as it is
   sycoca_tokens      configs/sycoca.py, mask_stage=tokens
@@ -34,6 +41,7 @@ else. Run it from the top of the tree.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
 import statistics
@@ -61,15 +69,22 @@ S16 = (
   *("model.embed_dim=384", "model.text.max_len=76", "tokenizer.max_len=76"),
   "tokenizer.vocab_size=32000",
 )
-SIZES = {"tiny": (), "s16": S16}
-# Name: config, overrides, whether there is one device a core.
-OURS = {
-  "coca_base": ("configs/coca.py", SAME, False),
-  "coca_base_devices": ("configs/coca.py", SAME, True),
-  "coca": ("configs/coca.py", (), False),
-  "sycoca_tokens": ("configs/sycoca.py", ("method.mask_stage=tokens",), False),
-  "sycoca_input": ("configs/sycoca.py", ("method.mask_stage=input",), False),
+# What saves memory that is there, at a price.
+ROOMY = ("model.remat=dots", "method.caption_chunk=0", "method.itc_chunk=0")
+# Size: config of `coca_base`, and overrides.
+SIZES = {
+  "tiny": ("configs/coca.py", SAME),
+  "s16": ("configs/coca.py", (*SAME, *S16)),
+  "b16": ("configs/coca.py:b16", ROOMY),
+  "l14": ("configs/coca.py:l14", ROOMY),
 }
+# Name: config, overrides. Those of `coca_base` follow from the size.
+OURS = {
+  "coca": ("configs/coca.py", ()),
+  "sycoca_tokens": ("configs/sycoca.py", ("method.mask_stage=tokens",)),
+  "sycoca_input": ("configs/sycoca.py", ("method.mask_stage=input",)),
+}
+BASE, BASE_DEVICES = "coca_base", "coca_base_devices"
 PEERS = ("open_clip", "open_clip_huge", "open_clip_compiled")
 PEER, PEER_HUGE, PEER_COMPILED = PEERS
 # Name: numerator and denominator, in seconds a step; what is aimed at.
@@ -81,39 +96,50 @@ RATIOS = {
   "sycoca_tokens / coca": ("sycoca_tokens", "coca", "<= 1.5"),
   "sycoca_input / coca": ("sycoca_input", "coca", "<= 1.7"),
 }
+DEVICES = ("cpu", "cuda")  # as JAX and PyTorch both call them
+DTYPES = ("float32", "bfloat16")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "open_clip_torch")
 
 
 def main() -> None:
   options = parse()
   if options.worker:
+    config = load_config(options.worker, options)
     if options.worker in PEERS:
-      config = load_config("coca_base", options)
-      facts, run = make_peer(config, options.worker == PEER_COMPILED)
+      compiled = options.worker == PEER_COMPILED
+      facts, run = make_peer(config, options.device, compiled)
     else:
-      devices = rounds.cores() if OURS[options.worker][2] else 1
-      facts, run = make_ours(load_config(options.worker, options), devices)
+      each = options.worker == BASE_DEVICES
+      facts, run = make_ours(config, rounds.cores() if each else 1)
     run(3)
     rounds.serve(facts, run)
     return
-  ours = OURS if options.size == "tiny" else ("coca_base",)
-  names = [*peers(), *ours]
-  facts, seconds = rounds.compare(names, start, options.rounds, options.steps)
+  begin = functools.partial(start, options.device)
+  names = contenders(options)
+  facts, seconds = rounds.compare(names, begin, options.rounds, options.steps)
   record = summarize(options, facts, seconds)
   show(record)
   rounds.keep(record, options.output)
 
 
-def peers() -> tuple[str, ...]:
-  """Those of open_clip that work here."""
+def contenders(options: argparse.Namespace) -> list[str]:
+  """Those that are compared, as far as they work here."""
+  on_cpu = options.device == "cpu"
+  ours = [BASE]
+  if options.size == "tiny":
+    ours += [*([BASE_DEVICES] if on_cpu else []), *OURS]
   if not open_clip_peer.available():
-    return ()
-  return PEERS if open_clip_peer.compiles() else (PEER, PEER_HUGE)
+    return ours
+  compiled = open_clip_peer.compiles(options.device)
+  huge = [PEER_HUGE] if on_cpu else []
+  return [PEER, *huge, *([PEER_COMPILED] if compiled else []), *ours]
 
 
-def start(name: str) -> rounds.Worker:
-  environ = {**os.environ, "JAX_PLATFORMS": "cpu"}
-  if name not in (PEER, PEER_COMPILED):
+def start(device: str, name: str) -> rounds.Worker:
+  environ = {**os.environ, "JAX_PLATFORMS": device}
+  if device == "cuda":  # all contenders' states are there at once
+    environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+  elif name not in (PEER, PEER_COMPILED):
     environ = huge_pages.environment(environ) or environ
   return rounds.Worker(__spec__.name, name, environ)
 
@@ -124,19 +150,26 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--steps", type=int, default=20, help="a round")
   parser.add_argument("--batch_size", type=int, default=64)
   parser.add_argument("--size", choices=SIZES, default="tiny")
+  parser.add_argument("--device", choices=DEVICES, default="cpu")
+  parser.add_argument("--dtype", choices=DTYPES, default="float32")
   parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
   return parser.parse_args()
 
 
 def load_config(name: str, options: argparse.Namespace, *more: str):
-  """Loads the config of one of ours, with more overrides."""
+  """Loads the config of a contender, with more overrides.
+
+  open_clip's is that of `coca_base`.
+  """
   from vlp_jax import config as config_lib
 
-  file, overrides, _ = OURS[name]
-  common = (f"batch_size={options.batch_size}", "optimizer.name=adamw")
-  return config_lib.load(
-    file, (*common, *SIZES[options.size], *overrides, *more)
+  file, overrides = OURS.get(name, SIZES[options.size])
+  common = (
+    f"batch_size={options.batch_size}",
+    f"model.dtype={options.dtype}",
+    *("accumulate=1", "optimizer.name=adamw"),
   )
+  return config_lib.load(file, (*common, *overrides, *more))
 
 
 def make_batch(config) -> dict:
@@ -163,13 +196,14 @@ def make_ours(config, devices: int):
 
   jax.config.update("jax_num_cpu_devices", devices)
 
+  from vlp_jax import chips, flops, optim, sharding, train_state, train_step
   from vlp_jax import config as config_lib
-  from vlp_jax import optim, sharding, train_state, train_step
   from vlp_jax.methods import base
 
   config_lib.validate(config, devices)
   method = base.get(config.method.name, config)
-  mesh = sharding.make_mesh(config_lib.mesh_shape(config, devices))
+  used = jax.devices()[:devices]
+  mesh = sharding.make_mesh(config_lib.mesh_shape(config, devices), used)
   optimizer, _ = optim.make_optimizer(config, config.total_steps, 80)
 
   def create():
@@ -188,17 +222,21 @@ def make_ours(config, devices: int):
       state, metrics = compiled(state, batch)
     jax.block_until_ready((state, metrics))
 
-  flops = compiled.cost_analysis().get("flops", 0) * devices
-  parameters = sum(x.size for x in jax.tree.leaves(state.params))
-  return dict(parameters=parameters, gflop=flops / 1e9), run
+  chip = chips.get(used[0].device_kind)
+  return dict(
+    parameters=sum(x.size for x in jax.tree.leaves(state.params)),
+    gflop=flops.model_flops(method, batch) / 1e9,
+    peak_gflop=chip and chip.flops * devices / 1e9,
+  ), run
 
 
-def make_peer(config, compiled: bool = False):
+def make_peer(config, device: str = "cpu", compiled: bool = False):
   """The same of open_clip's CoCa, at the sizes of a config."""
   import torch
 
   torch.set_num_threads(rounds.cores())
-  model = open_clip_peer.build(config).train()
+  half = config.model.dtype == "bfloat16"
+  model = open_clip_peer.build(config).train().to(device)
   weights = config.method
   loss = open_clip_peer.load().CoCaLoss(
     caption_loss_weight=weights.caption_weight,
@@ -219,17 +257,21 @@ def make_peer(config, compiled: bool = False):
   )
   batch = make_batch(config)
   forward = torch.compile(model) if compiled else model
-  image = open_clip_peer.pixels(batch["image"])
-  text = torch.from_numpy(batch["text"]).long()
+  image = open_clip_peer.pixels(batch["image"]).to(device)
+  text = torch.from_numpy(batch["text"]).long().to(device)
 
   def run(steps: int) -> None:
     for _ in range(steps):
       optimizer.zero_grad()
-      sum(loss(**forward(image, text))).backward()
+      with torch.autocast(device, torch.bfloat16, enabled=half):
+        losses = loss(**forward(image, text))
+      sum(losses).backward()
       torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
       optimizer.step()
       with torch.no_grad():
         model.logit_scale.clamp_(0, math.log(100))
+    if device == "cuda":
+      torch.cuda.synchronize()
 
   parameters = sum(p.numel() for p in model.parameters())
   return dict(parameters=parameters, gflop=None), run
@@ -240,9 +282,12 @@ def make_peer(config, compiled: bool = False):
 
 def summarize(options, facts: dict, seconds: dict) -> dict:
   """Makes the record that is shown and kept."""
+  # What open_clip's does is what `coca_base` does.
+  work = {name: facts[BASE if name in PEERS else name] for name in facts}
   rows = {
     name: dict(
       facts[name],
+      utilisation=utilisation(work[name], statistics.median(times)),
       ms_per_step=1e3 * statistics.median(times),
       examples_per_s=options.batch_size / statistics.median(times),
       rounds_ms=[round(1e3 * t, 3) for t in times],
@@ -257,26 +302,37 @@ def summarize(options, facts: dict, seconds: dict) -> dict:
       steps=options.steps,
       batch_size=options.batch_size,
       size=options.size,
+      device=options.device,
+      dtype=options.dtype,
       rows=rows,
       ratios=rounds.ratios(RATIOS, seconds),
     ),
   )
 
 
+def utilisation(work: dict, seconds: float) -> float | None:
+  """Share of a device's peak; None where nobody has told that."""
+  peak = work["peak_gflop"]
+  return peak and work["gflop"] / (seconds * peak)
+
+
 def show(record: dict) -> None:
   rounds.show_machine(record["machine"])
   print(
-    f"{record['size']}, batch of {record['batch_size']}, {record['rounds']} "
-    f"rounds of {record['steps']} steps\n"
+    f"{record['size']} in {record['dtype']} on {record['device']}, batch of "
+    f"{record['batch_size']}, {record['rounds']} rounds of {record['steps']} "
+    "steps\n"
   )
   print(
     f"{'':20}{'parameters':>12}{'GFLOP':>8}{'ms/step':>10}{'examples/s':>12}"
+    f"{'utilisation':>13}"
   )
   for name, row in record["rows"].items():
     gflop = f"{row['gflop']:.1f}" if row["gflop"] else "-"
     print(
       f"{name:20}{row['parameters']:>12,}{gflop:>8}"
       f"{row['ms_per_step']:>10.1f}{row['examples_per_s']:>12.0f}"
+      + (f"{row['utilisation']:>13.1%}" if row["utilisation"] else "")
     )
   print("\ntime of a step, by round")
   rounds.show_ratios(record["ratios"])

@@ -24,7 +24,7 @@ class Drop(NamedTuple):
       x: of any shape.
 
     Returns:
-      What `x` is.
+      The same shape and dtype.
     """
     keep = jax.random.bernoulli(self.key, 1 - self.rate, x.shape)
     return jnp.where(keep, x / (1 - self.rate), jnp.zeros_like(x))
