@@ -352,7 +352,7 @@ def lift(
   """
   if stack.remat != "none":
     policy = REMAT_POLICIES[stack.remat]
-    block = nn.remat(block, policy=policy, prevent_cse=False)
+    block = nn.remat(block, policy=policy, prevent_cse=not stack.scan)
   options = dict(
     variable_axes={
       "params": 0,
