@@ -272,6 +272,19 @@ def test_adafactor_equals_numpy(b1):
   assert second_moment == 48
 
 
+def test_adafactor_factors_no_layers():
+  """A deep stack's biases are vectors still: a moment for each number."""
+  kernel, bias = (40, 64, 48), (40, 3, 4, 48)
+  params = {
+    "layers": {"qkv": {"kernel": jnp.ones(kernel), "bias": jnp.ones(bias)}}
+  }
+  config = make_config(name="adafactor", b1=0.0)
+  _, state = run(config, [params], params)
+  shapes = {x.shape for x in jax.tree.leaves(state)}
+  assert {(40, 64), (40, 48), bias} <= shapes  # rows, columns, all
+  assert kernel not in shapes
+
+
 def orthogonalized(g):
   """Newton-Schulz as published, on one matrix [in, out] (Jordan 2024)."""
   a, b, c = 3.4445, -4.7750, 2.0315

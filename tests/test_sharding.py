@@ -30,7 +30,12 @@ from vlp_jax.methods import base
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "partition_specs.json"
 CONFIGS = ("albef", "clip", "coca", "scl", "simla", "sycoca")
 # Beside `b16`.
-SIZES = {name: ("l14", "g14") for name in CONFIGS} | {"coca": ("l14", "g18")}
+SIZES = {name: ("l14", "g14") for name in CONFIGS} | {
+  "coca": ("l14", "b18", "l18", "g18"),
+  "sycoca": ("l14", "g14", "b18"),
+  "scl": ("l14", "g14", "reference"),
+  "simla": ("l14", "g14", "reference"),
+}
 LARGER = [(name, size) for name in CONFIGS for size in SIZES[name]]
 
 
@@ -195,6 +200,26 @@ def test_small_means_less_than_min_size():
   assert sharding.MIN_SIZE == 64 * 256
 
 
+@pytest.mark.parametrize(
+  "path, shape, expected",
+  [
+    # ViT-g's width, 1408, is 256 times no whole number; its MLP's is.
+    ("mlp/up/kernel", (40, 1408, 6144), (None, None, F)),
+    ("mlp/down/kernel", (40, 6144, 1408), (None, F, None)),
+    (
+      "self_attention/qkv/kernel",
+      (40, 1408, 3, 16, 88),
+      (*[None] * 3, T, None),
+    ),
+  ],
+)
+def test_another_dimension_where_the_rule_s_does_not_divide(
+  path, shape, expected
+):
+  mesh = jax.sharding.AbstractMesh((1, 256, 1), sharding.AXES)
+  assert sharding.spec_for(f"{LAYERS}/{path}", shape, mesh) == P(*expected)
+
+
 def test_without_fsdp_nothing_falls_back_to_it():
   path = "/params/vision/pos"
   assert sharding.spec_for(path, (256, 64), _mesh(4, 1, 2)) == P()
@@ -202,7 +227,10 @@ def test_without_fsdp_nothing_falls_back_to_it():
 
 @pytest.mark.parametrize(
   "name, optimizer",
-  [("clip", "adamw"), ("sycoca", "adamw"), ("sycoca", "muon")],
+  [
+    *(("clip", "adamw"), ("sycoca", "adamw"), ("sycoca", "muon")),
+    ("coca", "adafactor"),
+  ],
 )
 def test_moments_and_averages_follow_their_parameters(name, optimizer):
   state = _state(name, f"optimizer.name={optimizer}")
@@ -228,7 +256,8 @@ def test_moments_and_averages_follow_their_parameters(name, optimizer):
       if _name(path).endswith(f"/{name}") and leaf.shape == shape:
         assert s.spec == spec, path
         followed += 1
-  # Two moments each under AdamW; one of matrices under Muon.
+  # Two moments each under AdamW; one of matrices under Muon, one of all under
+  # Adafactor.
   assert followed >= len(specs) * (2 if optimizer == "adamw" else 1)
 
 

@@ -32,6 +32,8 @@ _DECAY_ALSO = {
   "tokens": ("pos", "cls_pos", "cls", "mask_token", "query"),
   "temperature": ("value", "logit_scale"),
 }
+# No matrices, however many layers' are stacked: Adafactor does not factor them.
+_VECTORS = ("bias", "scale")
 # A component of a path that marks parameters stacked along their first axis.
 _STACK = "layers"
 # Matrices to or from the vocabulary are rows of a table rather than maps
@@ -186,9 +188,19 @@ def _adafactor(c: ConfigDict, shape: Schedule) -> optax.GradientTransformation:
   other optimizers. The second moment's decay is 1 - t^-0.8 (Shazeer & Stern
   2018); b2 and eps are not used. Heads are small: factors from size 32 on.
   """
+
+  def labels(params):
+    return _map_with_names(
+      lambda names, _: "vector" if names[-1] in _VECTORS else "matrix", params
+    )
+
+  second_moments = {
+    "matrix": optax.scale_by_factored_rms(min_dim_size_to_factor=32),
+    "vector": optax.scale_by_factored_rms(factored=False),
+  }
   momentum = optax.ema(c.b1, debias=False, accumulator_dtype=c.mu_dtype)
   return optax.chain(
-    optax.scale_by_factored_rms(min_dim_size_to_factor=32),
+    optax.partition(second_moments, labels),
     optax.clip_by_block_rms(1.0),
     momentum if c.b1 else optax.identity(),
     optax.add_decayed_weights(c.weight_decay, mask=_decays(c)),

@@ -78,9 +78,10 @@ def arrange(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
 def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
   """Chooses the partition of one array.
 
-  A rule's axis is dropped where it does not divide the dimension. Without a
-  rule, a big array has its largest divisible dimension put on `fsdp`; the
-  leading axis of stacked layers is never split.
+  A rule's axis is dropped where it does not divide the dimension. Where `fsdp`
+  was dropped, or no rule says where it goes, a big array has its largest
+  dimension that is free and divisible put on it; the leading axis of stacked
+  layers is never split.
 
   Args:
     path: the names of the tree, joined by "/".
@@ -90,24 +91,24 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
   if math.prod(shape) < MIN_SIZE:
     return P()
   stacked = "/layers/" in path
+  chosen = [None] * len(shape)
   for pattern, axes in RULES:
     if re.search(f"{pattern}$", path) and len(shape) == len(axes) + stacked:
-      sizes = shape[len(shape) - len(axes) :]
-      axes = tuple(
+      whole = (None,) * stacked + axes
+      chosen = [
         axis if axis and n % mesh.shape[axis] == 0 else None
-        for axis, n in zip(axes, sizes, strict=True)
-      )
-      return P(*(None,) * stacked, *axes)
-  dims = [
+        for axis, n in zip(whole, shape, strict=True)
+      ]
+      break
+  size = mesh.shape["fsdp"]
+  free = [
     i
-    for i, n in enumerate(shape)
-    if n % mesh.shape["fsdp"] == 0 and not (stacked and i == 0)
+    for i in range(stacked, len(shape))
+    if shape[i] % size == 0 and mesh.shape.get(chosen[i], 1) == 1
   ]
-  if mesh.shape["fsdp"] == 1 or not dims:
-    return P()
-  axes = [None] * len(shape)
-  axes[max(dims, key=lambda i: shape[i])] = "fsdp"
-  return P(*axes)
+  if size > 1 and "fsdp" not in chosen and free:
+    chosen[max(free, key=lambda i: shape[i])] = "fsdp"
+  return P(*chosen) if any(chosen) else P()
 
 
 def shardings_for(tree: Any, mesh: Mesh) -> Any:

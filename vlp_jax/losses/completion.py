@@ -7,6 +7,7 @@ is `contrastive.softmax`.
 import jax
 import jax.numpy as jnp
 
+from vlp_jax.losses.contrastive import similarity
 from vlp_jax.ops.attention import MASKED
 
 
@@ -37,7 +38,7 @@ def tokens(
   rows = (groups, pairs * count)
   complete = jax.lax.stop_gradient(complete)
   a, b = (x.reshape(*rows, -1) for x in (recovered, complete))
-  logits = jnp.einsum("gik,gjk->gij", a, b) / temperature
+  logits = similarity(a, b) / temperature
   pair = jnp.repeat(jnp.arange(pairs), count)
   ids = jnp.repeat(pair_id, count, axis=1)
   negative = (ids[:, :, None] != ids[:, None]) | (pair[:, None] == pair)

@@ -10,9 +10,17 @@ REDUCTIONS = ("mean", "sum")
 
 
 def similarity(a: jax.Array, b: jax.Array) -> jax.Array:
-  """Products of all rows, in float32 on every kind of device: `[A, B]`."""
+  """Products of all rows, in float32 on every kind of device.
+
+  Args:
+    a: `[..., A, E]`.
+    b: `[..., B, E]`.
+
+  Returns:
+    `[..., A, B]`.
+  """
   return jnp.matmul(
-    a, b.T, precision="highest", preferred_element_type=jnp.float32
+    a, b.mT, precision="highest", preferred_element_type=jnp.float32
   )
 
 

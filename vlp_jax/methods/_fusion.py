@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vlp_jax.losses import distillation, matching
+from vlp_jax.losses import contrastive, distillation, matching
 from vlp_jax.methods._matcher import Matcher, stack_rows, unstack_rows
 from vlp_jax.methods.base import Batch, Coupled, Mean, Params
 from vlp_jax.models.transformer import take_rows
@@ -205,7 +205,7 @@ class FusionMethod(Matcher):
     admissible = matching.admissible(groups(image_id), self.same_image)
 
     def draw(query, key, noise):
-      similarity = jnp.einsum("gie,gje->gij", groups(query), groups(key))
+      similarity = contrastive.similarity(groups(query), groups(key))
       index, exists = matching.hard_negatives(
         similarity / self.divisor(params), admissible, groups(noise)
       )

@@ -224,10 +224,12 @@ class Scl(PairMethod):
       return loss, cosine
 
     if self.vision_weight:
-      # Frame by frame.
-      loss, cosine = jax.vmap(complete, in_axes=1)(
-        shared["image_part"], shared["image_whole"]
+      frames = (
+        jnp.swapaxes(shared[name], 0, 1)
+        for name in ("image_part", "image_whole")
       )
+      # One frame's logits at a time.
+      loss, cosine = jax.lax.map(lambda pair: complete(*pair), (*frames,))
       terms["mvsc"], report["mvsc_cosine"] = jnp.mean(loss, 0), Mean.of(cosine)
     if self.language_weight:
       loss, cosine = complete(shared["text_part"], shared["text_whole"])
@@ -329,8 +331,7 @@ class Scl(PairMethod):
       image, text = (
         shared[name].reshape(*ids.shape, -1) for name in ("image", "text")
       )
-      similarity = jnp.einsum("gie,gje->gij", text, image)
-      similarity /= self.divisor(params)
+      similarity = contrastive.similarity(text, image) / self.divisor(params)
     other, exists = matching.hard_negatives(
       similarity, admissible, draws.noise.reshape(admissible.shape)
     )
