@@ -1,6 +1,7 @@
 """What a step costs on chips: sums, bounds, memory, advice."""
 
 import dataclasses
+import itertools
 import json
 import types
 
@@ -31,7 +32,7 @@ def test_bounds_by_hand():
     Work("all-reduce", 0, 0, 2, True, Collective("all-reduce", 40, 4)),
     Work("kernel", 0, 0, 5, True, None),
   ]
-  found = roofline.summary(work, 400.0, CHIP)
+  found = roofline.summary(work, 400.0, CHIP, links=4)
   assert found["operations"] == 600 and found["moved"] == 120
   assert found["sent"] == {"all-reduce": 120}
   assert found["collectives"] == {"all-reduce": 2}
@@ -101,12 +102,35 @@ def test_a_mesh_that_holds_the_state_is_suggested():
   assert report.state == pytest.approx(4.92 * 2**30, rel=0.01)
   text = roofline.suggest(config, report, jax.devices()[:8], 4 * 2**30)
   assert text.startswith("try --mesh=2,4,1: about 2.3 GiB a chip")
-  text = roofline.suggest(config, report, jax.devices()[:8], 2**30)
-  assert "no mesh of 8 chips" in text and "--config.accumulate=2" in text
+  text = roofline.suggest(config, report, jax.devices()[:8], 1.9 * 2**30)
+  assert text.startswith("try --mesh=1,8,1: about 1.7 GiB a chip")
+
+
+def test_advice_that_a_run_would_take():
+  def advice(name, *overrides):
+    overrides = ("model.attention=tpu", *overrides)
+    config = config_lib.load(f"configs/{name}.py:b16", overrides)
+    report = _report(config, (8, 1, 1), 30 * 2**30)
+    return roofline.suggest(config, report, jax.devices()[:8], 2**30)
+
+  text = advice("coca", "batch_size=64", "model.remat=dots")
+  assert "and no mesh of 8 chips holds both: try " in text
+  assert text.endswith(
+    "try --config.model.remat=full, --config.accumulate=2, more chips"
+  )
+  # It is so already.
+  text = advice("coca", "batch_size=64", "model.remat=full")
+  assert text.endswith("both: try --config.accumulate=2, more chips")
+  # Eight devices have eight examples: one each, in one piece.
+  text = advice("coca", "batch_size=8", "model.remat=full")
+  assert text.endswith("both: try more chips")
+  # Its hard negatives are of the whole batch, which no chunk can have.
+  text = advice("simla", "model.remat=full")
+  assert text.endswith("both: try more chips")
 
 
 def test_meshes_to_compare():
-  assert roofline.splits(8) == [(8, 1, 1), (2, 4, 1)]
+  assert roofline.splits(8) == [(8, 1, 1), (2, 4, 1), (1, 8, 1)]
   assert roofline.splits(64) == [
     *((64, 1, 1), (16, 4, 1), (4, 16, 1), (1, 64, 1)),
     (4, 4, 4),
@@ -129,6 +153,27 @@ def test_what_is_missing_is_said(monkeypatch):
   monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(UserError, match=r"pip install 'vlp_jax\[tpu\]'"):
     aot.get_devices("v5e:2x2")
+
+
+@pytest.mark.parametrize(
+  "kind, shape, links",
+  [
+    # An axis of a v5e or v6e is a ring where it has all 16 chips.
+    ("TPU v5 lite", (16, 16, 1), 4),
+    ("TPU v6 lite", (8, 16, 1), 3),
+    ("TPU v5 lite", (4, 8, 1), 2),
+    ("TPU v5 lite", (1, 1, 1), 0),
+    # Of a v5p, where a slice is made of cubes.
+    ("TPU v5", (4, 8, 8), 6),
+    ("TPU v5", (2, 4, 4), 3),
+    ("TPU v5", (2, 2, 1), 2),
+  ],
+)
+def test_links_of_a_corner(kind, shape, links):
+  grid = itertools.product(*map(range, shape))
+  devices = [types.SimpleNamespace(coords=place) for place in grid]
+  assert roofline.slice_shape(devices) == shape
+  assert chips.links(chips.get(kind), shape) == links
 
 
 def _fake(monkeypatch, examined):
@@ -162,7 +207,7 @@ def _found(config, shape):
     model_operations=200 * 10**12,
   )
   chip = chips.get("TPU v5 lite")
-  change = roofline.summary(work, report.model_operations, chip)
+  change = roofline.summary(work, report.model_operations, chip, links=2)
   return dataclasses.replace(report, **change)
 
 
@@ -206,11 +251,54 @@ def test_a_sweep_compares_meshes_and_policies(monkeypatch, capsys):
   aot.main([*FLAGS, "--sweep"])
   policies = ("none", "full", "dots")
   assert plans == [
-    (shape, remat) for shape in ((8, 1, 1), (2, 4, 1)) for remat in policies
+    (shape, remat)
+    for shape in ((8, 1, 1), (2, 4, 1), (1, 8, 1))
+    for remat in policies
   ]
   out = capsys.readouterr().out
   assert "left out: that cannot be" in out
-  assert out.count("50%") == 2 * 5  # of each, and in the table at the end
+  assert out.count("50%") == 2 * 8  # of each, and in the table at the end
+
+
+def test_steps_on_clips_are_compiled_too(monkeypatch, capsys):
+  def examined(config, shape):
+    report = dataclasses.replace(_found(config, shape), links=2)
+    frames = config.data.num_frames
+    if not frames:
+      return report
+    slower = {k: 3 * v for k, v in report.seconds.items()}
+    return dataclasses.replace(
+      report,
+      memory=2**31,
+      seconds=slower,
+      sent={"all-reduce": 8e9},
+      collectives={"all-reduce": 4},
+      links=2,
+    )
+
+  plans = _fake(monkeypatch, examined)
+  aot.main(
+    [
+      *("--config=configs/scl.py:debug", "--topology=v5e:2x4"),
+      *("--config.clips.share=0.25", "--config.clips.source=clips.jsonl"),
+      "--config.total_steps=8",
+    ]
+  )
+  assert len(plans) == 2
+  out = capsys.readouterr().out
+  assert "compiling train for" in out and "compiling train_clips for" in out
+  *_, both = out.split("mean of these")
+  one = 400e12 / 197e12
+  assert f"{1000 * one * 1.5:.1f} ms" in both  # three quarters 1, a quarter 3
+  assert "2.0 GiB" in both and "2.000 GB" in both
+
+
+def test_a_run_fits_where_all_its_steps_do():
+  config = config_lib.load("configs/clip.py:debug")
+  fits = _found(config, (8, 1, 1))
+  too_big = dataclasses.replace(fits, fits=False, memory=2**40, seconds={})
+  both = roofline.mean([(0.5, fits), (0.5, too_big)])
+  assert (both.fits, both.memory, both.seconds) == (False, 2**40, {})
 
 
 def test_an_impossible_mesh_of_one_s_own_is_an_error(monkeypatch):

@@ -36,6 +36,7 @@ from jax.experimental import topologies
 
 from vlp_jax import chips, command, libtpu, roofline, sharding
 from vlp_jax import config as config_lib
+from vlp_jax.data import joint
 from vlp_jax.errors import UserError
 from vlp_jax.models.transformer import REMAT_POLICIES
 from vlp_jax.roofline import GIB, Report, Shape
@@ -55,25 +56,47 @@ def main(argv: Sequence[str]) -> None:
   if flags["sweep"]:
     shapes = dict.fromkeys((shape, *roofline.splits(len(devices))))
     plans = list(itertools.product(shapes, ("none", *REMAT_POLICIES)))
-  reports = []
+  reports, means = [], []
   for shape, remat in plans:
     config.model.remat = remat
-    print(f"compiling for {name_of(shape)}, remat {remat}", flush=True)
     try:
-      report = roofline.examine(config, devices, shape)
+      found = examine(config, devices, shape)
     except UserError as error:
       if not flags["sweep"]:
         raise
       print(f"  left out: {error}")  # a mesh that the batch cannot be cut for
       continue
-    reports.append(report)
-    show(report, chip)
-    if not report.fits:
-      print(roofline.suggest(config, report, devices, chip.memory))
+    reports += [report for _, report in found]
+    means.append(roofline.mean(found))
     if flags["output"]:
       write(flags["output"], flags["config"], flags["topology"], reports)
   if flags["sweep"]:
-    show_sweep(reports)
+    show_sweep(means)
+
+
+def examine(
+  config, devices: Sequence[Any], shape: Shape
+) -> list[tuple[float, Report]]:
+  """Compiles and shows a run's steps: on pictures and, if it has any, on clips.
+
+  Returns:
+    Each with its share of the run's steps.
+  """
+  chip = chips.get(devices[0].device_kind)
+  found = []
+  for name, share, part in joint.configs(config):
+    print(
+      f"compiling {name} for {name_of(shape)}, remat {config.model.remat}",
+      flush=True,
+    )
+    report = roofline.examine(part, devices, shape)
+    found.append((share, report))
+    show(report, chip)
+    if not report.fits:
+      print(roofline.suggest(part, report, devices, chip.memory))
+  if len(found) > 1:
+    show(roofline.mean(found), chip, "mean of these, by their shares, ")
+  return found
 
 
 def get_devices(topology: str) -> list[Any]:
@@ -128,12 +151,15 @@ def name_of(shape: Shape) -> str:
   )
 
 
-def show(report: Report, chip: chips.Chip) -> None:
+def show(report: Report, chip: chips.Chip, what: str = "") -> None:
   """Prints what there is to know of one mesh."""
   print(
-    f"{report.method}: {report.parameters:,} parameters, {report.batch_size:,} "
-    f"examples a step in {report.accumulate} chunks, on {report.chips} chips"
+    f"{report.method}: {what}{report.parameters:,} parameters, "
+    f"{report.batch_size:,.0f} examples a step in {report.accumulate} chunks, "
+    f"on {report.chips} chips"
   )
+  for kernel, reason in report.attention:
+    print(f"attention: {kernel} ({reason})")
   table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
   table.add_column("of one chip")
   table.add_column("", justify="right")
@@ -164,11 +190,11 @@ def show(report: Report, chip: chips.Chip) -> None:
     )
     row("HBM", f"{report.moved / 1e9:.1f} GB", seconds["hbm"])
     if report.kernels:
-      row("kernels", f"{report.kernels} times", note="are not counted here")
+      row("kernels", f"{report.kernels:.0f} times", note="are not counted here")
     row("one by one", "", seconds["instructions"], "the longer of both, each")
     for kind, size in report.sent.items():
-      number = f"{report.collectives[kind]} times"
-      link = chip.link * chip.links
+      number = f"{report.collectives[kind]:.0f} times"
+      link = chip.link * report.links
       row(kind, f"{size / 1e9:.3f} GB", size / link, number)
     row(
       "a step",

@@ -5,6 +5,7 @@ A figure is that of one device as JAX counts them, for matrices that are dense.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -17,6 +18,8 @@ class Chip(NamedTuple):
     bandwidth: bytes a second, from and to that memory.
     link: bytes a second of one link to other chips, one way.
     links: their number.
+    ring: how many chips along an axis of a slice are joined to a ring; fewer
+      are a line. 0 where chips have no axes.
   """
 
   flops: float
@@ -24,26 +27,30 @@ class Chip(NamedTuple):
   bandwidth: float
   link: float
   links: int
+  ring: int = 0
 
 
 _GIB = 2**30
 
 # Of the memory of a v5e and a v6e, 16 and 32 GiB, XLA keeps some to itself
-# (libtpu 0.0.42.1: "exceeds available HBM (15.75G)").
+# (libtpu 0.0.42.1: "exceeds available HBM (15.75G)"), and of a v4's 32
+# ("Used 63.80G of 30.75G hbm").
 
 # https://docs.cloud.google.com/tpu/docs/v4; links: Jouppi et al. 2023, "TPU
 # v4", table 4.
-_V4 = Chip(275e12, 32 * _GIB, 1200e9, 50e9, 6)
+_V4 = Chip(275e12, 30.75 * _GIB, 1200e9, 50e9, 6, ring=4)
 # https://docs.cloud.google.com/tpu/docs/v5e: 400 GB/s both ways, over 4 ports.
-_V5E = Chip(197e12, 15.75 * _GIB, 819e9, 50e9, 4)
-# https://docs.cloud.google.com/tpu/docs/v5p: 1,200 GB/s both ways, a 3D torus.
-_V5P = Chip(459e12, 95 * _GIB, 2765e9, 100e9, 6)
+# Rings: Austin et al. 2025, "How to Scale Your Model", section 2.
+_V5E = Chip(197e12, 15.75 * _GIB, 819e9, 50e9, 4, ring=16)
+# https://docs.cloud.google.com/tpu/docs/v5p: 1,200 GB/s both ways, a 3D torus
+# from 4 x 4 x 4 on.
+_V5P = Chip(459e12, 95 * _GIB, 2765e9, 100e9, 6, ring=4)
 # https://docs.cloud.google.com/tpu/docs/v6e: 800 GB/s both ways, over 4 ports.
-_V6E = Chip(918e12, 31.25 * _GIB, 1638e9, 100e9, 4)
+_V6E = Chip(918e12, 31.25 * _GIB, 1638e9, 100e9, 4, ring=16)
 # https://docs.cloud.google.com/tpu/docs/tpu7x: 2,307 TFLOP/s, 192 GiB, 7,380
 # GB/s, and 1,200 GB/s both ways a chip, which is two devices; so the links are
 # shared by two.
-_V7X = Chip(2307e12 / 2, 96 * _GIB, 7380e9 / 2, 100e9, 6)
+_V7X = Chip(2307e12 / 2, 96 * _GIB, 7380e9 / 2, 100e9, 6, ring=4)
 
 # A GPU is kept by the name that its driver gives.
 CHIPS = {
@@ -72,3 +79,19 @@ CHIPS = {
 def get(device_kind: str) -> Chip | None:
   """Returns what is known of a `jax.Device.device_kind`, or None."""
   return CHIPS.get(device_kind)
+
+
+def links(chip: Chip, shape: Sequence[int]) -> int:
+  """Counts the links of the chip of a slice that has fewest: in a corner.
+
+  All chips send as much, so this one is ready last.
+
+  Args:
+    chip: of which the slice is made.
+    shape: of the slice, chips along each axis.
+  """
+  joined = [n >= chip.ring for n in shape]
+  if chip.links == 6 and not all(joined):  # optical links are between cubes
+    joined = [False] * len(shape)
+  ends = [2 if ring else 1 for ring in joined]
+  return sum(end for n, end in zip(shape, ends, strict=True) if n > 1)

@@ -7,6 +7,7 @@ import math
 import re
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from vlp_jax import chips, flops, hlo, optim, sharding, train_state, train_step
 from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
 from vlp_jax.methods import base as methods
-from vlp_jax.ops import platforms
+from vlp_jax.ops import attention, platforms
 
 Shape = tuple[int, int, int]
 GIB = 2**30
@@ -44,6 +45,8 @@ class Report:
     collectives: how often they run, by kind.
     kernels: how often a kernel runs that says nothing of its operations.
     seconds: what takes how long at least, see `summary`.
+    links: to other chips, of the chip that has fewest.
+    attention: what computes it and why, an entry for each answer.
     compile_seconds: of tracing and compiling, on this machine.
   """
 
@@ -64,6 +67,8 @@ class Report:
   collectives: dict[str, int] = dataclasses.field(default_factory=dict)
   kernels: int = 0
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+  links: int = 0
+  attention: tuple[attention.Choice, ...] = ()
   compile_seconds: float = 0.0
 
   @property
@@ -88,7 +93,8 @@ def examine(config, devices: list[Any], shape: Shape) -> Report:
   config = on_mesh(config, shape)
   method = methods.get(config.method.name, config)
   step, state, batch = abstract_step(config, sharding.make_mesh(shape, devices))
-  lowered = step.trace(state, batch).lower(lowering_platforms=("tpu",))
+  with attention.choices() as chosen:
+    lowered = step.trace(state, batch).lower(lowering_platforms=("tpu",))
   report = Report(
     method=config.method.name,
     chips=len(devices),
@@ -101,6 +107,7 @@ def examine(config, devices: list[Any], shape: Shape) -> Report:
     memory=0,
     state=shard_bytes(state),
     model_operations=flops.model_flops(method, batch) / len(devices),
+    attention=tuple(chosen),
   )
   try:
     compiled = lowered.compile()
@@ -115,10 +122,16 @@ def examine(config, devices: list[Any], shape: Shape) -> Report:
     chip = chips.get(devices[0].device_kind)
     if used <= chip.memory:  # XLA looks at what it needs beside the arguments
       work = list(hlo.Module(compiled.as_text()).work())
-      figures = summary(work, report.model_operations, chip)
-      change |= {"fits": True, **figures}
+      links = chips.links(chip, slice_shape(devices))
+      figures = summary(work, report.model_operations, chip, links)
+      change |= {"fits": True, "links": links, **figures}
   seconds = round(time.monotonic() - started, 1)
   return dataclasses.replace(report, **change, compile_seconds=seconds)
+
+
+def slice_shape(devices: list[Any]) -> Shape:
+  """How many chips lie along each axis of a slice."""
+  return tuple(len({d.coords[i] for d in devices}) for i in range(3))
 
 
 def on_mesh(config, shape: Shape):
@@ -196,14 +209,14 @@ def needed(message: str, arguments: int) -> int:
 
 
 def summary(
-  work: list[hlo.Work], model_operations: float, chip: chips.Chip
+  work: list[hlo.Work], model_operations: float, chip: chips.Chip, links: int
 ) -> dict[str, Any]:
   """Sums up what a program does, and bounds its time.
 
   Seconds, each at the chip's published peak: `model`, the model's operations;
   `operations`, the program's; `hbm`, bytes moved; `instructions`, one after
   the other, each the longer of its operations and its bytes; `collectives`,
-  over all links at once, whatever lies between; and `step`, the longest of
+  over so many links at once, whatever lies between; and `step`, the longest of
   these: all else is taken to hide behind it.
   """
   sent, number = Counter(), Counter()
@@ -223,7 +236,7 @@ def summary(
     "operations": operations / chip.flops,
     "hbm": moved / chip.bandwidth,
     "instructions": serial,
-    "collectives": sum(sent.values()) / (chip.link * chip.links),
+    "collectives": sum(sent.values()) / (chip.link * links) if sent else 0.0,
   }
   seconds["step"] = max(seconds.values())
   return {
@@ -236,9 +249,45 @@ def summary(
   }
 
 
+def mean(reports: Sequence[tuple[float, Report]]) -> Report:
+  """The mean step of a run whose steps are of several kinds.
+
+  Args:
+    reports: of one mesh, with their shares of the steps.
+
+  Returns:
+    Means, but of memory the most.
+  """
+  one = reports[0][1]
+  if len(reports) == 1:
+    return one
+  memory = max(report.memory for _, report in reports)
+  if not all(report.fits for _, report in reports):
+    return dataclasses.replace(one, fits=False, memory=memory, seconds={})
+
+  def add(get: Callable[[Report], dict]) -> dict:
+    total = Counter()
+    for share, report in reports:
+      for name, value in get(report).items():
+        total[name] += share * value
+    return dict(total)
+
+  numbers = ("batch_size", "model_operations", "operations", "moved", "kernels")
+  return dataclasses.replace(
+    one,
+    memory=memory,
+    sent=add(lambda r: r.sent),
+    collectives=add(lambda r: r.collectives),
+    seconds=add(lambda r: r.seconds),
+    compile_seconds=sum(report.compile_seconds for _, report in reports),
+    **add(lambda r: {name: getattr(r, name) for name in numbers}),
+  )
+
+
 def splits(count: int) -> list[Shape]:
-  """Meshes to compare: parameters on 1, 4, 16, ... chips, or with `tensor`."""
-  found = [(count // 4**i, 4**i, 1) for i in range(12) if count % 4**i == 0]
+  """Meshes to compare: parameters on 1, 4, 16, ..., all, or with `tensor`."""
+  sizes = [4**i for i in range(12) if count % 4**i == 0]
+  found = [(count // n, n, 1) for n in dict.fromkeys((*sizes, count))]
   if count % 16 == 0:
     found.append((count // 16, 4, 4))
   return found
@@ -267,8 +316,25 @@ def suggest(config, report: Report, devices, memory: float) -> str:
         f"try --mesh={numbers}: about {(beside + state) / GIB:.1f} GiB a chip, "
         f"of which the state takes {state / GIB:.1f}"
       )
+  ways = []
+  if config.model.remat != "full":
+    ways.append("--config.model.remat=full")
+  here = on_mesh(config, report.mesh)
+  if can_be(here, 2 * config.accumulate, len(devices)):
+    ways.append(f"--config.accumulate={2 * config.accumulate}")
   return (
-    f"no mesh of {len(devices)} chips holds what it needs beside its state, "
-    f"{beside / GIB:.1f} GiB: try --config.model.remat=full, "
-    f"--config.accumulate={2 * config.accumulate}, or more chips"
+    f"beside its state it needs {beside / GIB:.1f} GiB, and no mesh of "
+    f"{len(devices)} chips holds both: try {', '.join((*ways, 'more chips'))}"
   )
+
+
+def can_be(config, accumulate: int, count: int) -> bool:
+  """Whether a config's batch can be cut into so many chunks on its mesh."""
+  config = config.copy_and_resolve_references()
+  config.accumulate = accumulate
+  try:
+    method = methods.get(config.method.name, config)
+    config_lib.validate(config, count, method.match_group)
+  except UserError:
+    return False
+  return True
