@@ -177,7 +177,7 @@ def stack(kernel: str, name: str) -> dict:
     out = model.apply(params, x, mask, rngs=rngs)
     return jnp.sum(jnp.square(out.astype(jnp.float32)))
 
-  with attention.choices() as found:
+  with attention.choices() as found, platforms.compiling_for("tpu"):
     lowered = jax.jit(jax.grad(loss)).lower(*abstract((params, x), chip))
   assert {choice.kernel for choice in found} == {kernel}, found
   program = lowered.compile()

@@ -7,10 +7,11 @@
 
 A step is forward, backward, clipping to a norm of 1 and AdamW, on one batch
 that lies in the device's memory; in float32, or with products in bfloat16 (by
-autocast in open_clip). Sizes are `tiny`, `b16` and `l14` of `configs/coca.py`,
-or ViT-S/16's at 224 pixels (`s16`); but for `tiny`, open_clip's and `coca_base`
-alone are compared. GFLOP are a step's model operations (`vlp_jax/flops.py`),
-utilisation their share of the device's peak, where that is known.
+autocast in open_clip); on GPUs, products in float32 are TF32 in both. Sizes are
+`tiny`, `b16` and `l14` of `configs/coca.py`, or ViT-S/16's at 224 pixels
+(`s16`); but for `tiny`, open_clip's and `coca_base` alone are compared. GFLOP
+are a step's model operations (`vlp_jax/flops.py`), utilisation in bfloat16
+their share of the device's peak, where that is known.
 
 The contenders:
 
@@ -222,7 +223,9 @@ def make_ours(config, devices: int):
       state, metrics = compiled(state, batch)
     jax.block_until_ready((state, metrics))
 
-  chip = chips.get(used[0].device_kind)
+  # Peaks are those of bfloat16.
+  half = config.model.dtype == "bfloat16"
+  chip = chips.get(used[0].device_kind) if half else None
   return dict(
     parameters=sum(x.size for x in jax.tree.leaves(state.params)),
     gflop=flops.model_flops(method, batch) / 1e9,
@@ -235,6 +238,8 @@ def make_peer(config, device: str = "cpu", compiled: bool = False):
   import torch
 
   torch.set_num_threads(rounds.cores())
+  if device == "cuda":
+    torch.set_float32_matmul_precision("high")  # TF32, as JAX has it
   half = config.model.dtype == "bfloat16"
   model = open_clip_peer.build(config).train().to(device)
   weights = config.method

@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 
 from benchmarks import attention
 from tests import toys
+from vlp_jax.ops import platforms
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -44,3 +45,20 @@ def test_what_is_dropped_is_dropped():
 def test_a_device_without_kernels_is_compared_with_itself(monkeypatch):
   monkeypatch.setitem(attention.SHAPES, "small", attention.Shape(1, 3, 2))
   assert attention.ratios("small", 1) == {"xla": 1.0}
+
+
+def test_a_stack_is_traced_for_the_chip_it_is_compiled_for(monkeypatch):
+  """Some of a step is written in another way for TPUs (`ops/linear.py`)."""
+  seen = []
+
+  class Spy(attention.Transformer):
+    def __call__(self, *args):
+      seen.append(platforms.platform())
+      return super().__call__(*args)
+
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  monkeypatch.setattr(attention, "on_v5e", lambda: here)
+  monkeypatch.setattr(attention, "Transformer", Spy)
+  monkeypatch.setitem(attention.SHAPES, "small", attention.Shape(1, 3, 2))
+  assert attention.stack("xla", "small")["temp_MiB"] > 0
+  assert seen[-1] == "tpu"
