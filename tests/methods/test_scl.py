@@ -1,6 +1,7 @@
 """SCL: its masks, its losses against separate passes, its gradients."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -355,6 +356,35 @@ def test_completion_of_pictures_teaches(frames):
     squares = [np.sum(g * g) for g in jax.tree.leaves(gradient[part])]
     assert np.sqrt(sum(squares)) > 1e-2
   assert not any(np.any(g) for g in jax.tree.leaves(gradient["matching"]))
+
+
+def test_frames_have_no_logits_at_once():
+  """Those of one frame and `itc_chunk` rows, forward and backward."""
+  size, frames, chunk = 40, 5, 4
+  method = toys.method("scl", f"method.itc_chunk={chunk}")
+  forward = jax.eval_shape(
+    lambda p: method.forward(p, batch(frames), toys.context()).shared,
+    toys.params("scl"),
+  )
+  shared = {
+    name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
+    for name, x in forward.items()
+  }
+  ids = {"image_id": jax.ShapeDtypeStruct((size,), np.int32)}
+
+  def loss(shared, data):
+    coupled = method.couple(toys.params("scl"), shared, data, toys.context())
+    return sum(mean.total for mean in coupled.terms.values())
+
+  program = jax.jit(jax.grad(loss), compiler_options=toys.compiler_options())
+  text = program.lower(shared, ids).compile().as_text()
+  found = re.findall(r"f32\[(\d+(?:,\d+)+)\]", text)
+  shapes = [tuple(map(int, dims.split(","))) for dims in found]
+  assert shared["image_part"].shape[:2] == (size, frames)
+  widths = {x.shape[-1] for x in shared.values()}
+  logits = [np.prod(s) for s in shapes if size in s and not widths & {*s}]
+  # Beside losses and cosines of all frames.
+  assert chunk * size in logits and max(logits) <= max(chunk, frames) * size
 
 
 @pytest.mark.slow
