@@ -27,9 +27,10 @@ METHODS = ("clip", "coca", "sycoca", "albef", "simla", "scl")
 CHUNKS = (1, 4, 16)
 COMMON = ("batch_size=256", "optimizer.name=adamw")
 GROUPS = ("method.match_group=16",)  # of those that match
-# Name: overrides of the same model.
+# Name: overrides of the same model. Policies of remat are of layers in a loop.
 PEAKS = {
   "ours": (),
+  "ours, scan": ("model.scan=true",),
   "ours, remat dots": ("model.scan=true", "model.remat=dots"),
   "ours, remat full": ("model.scan=true", "model.remat=full"),
   "ours, 4 chunks": ("accumulate=4",),

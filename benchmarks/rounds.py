@@ -207,17 +207,32 @@ def show_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     print("| " + " | ".join(line) + " |")
 
 
-def once(path: pathlib.Path, make: Callable[[], object]) -> Any:
+def once(path: pathlib.Path, of: str, make: Callable[[], object]) -> Any:
   """Reads JSON from a file; where it is not there, makes and writes it first.
 
   A file is there whole or not at all, whenever the process is killed.
+
+  Args:
+    path: of the file.
+    of: what it is made of: what was made of something else is made again.
+    make: makes it.
   """
-  if not path.exists():
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(make(), indent=2) + "\n")
-    partial.rename(path)
-  return json.loads(path.read_text())
+  if path.exists():
+    kept = json.loads(path.read_text())
+    if kept.get("of") == of:
+      return kept["found"]
+    print(f"  again: {path} is of {kept.get('of')}", flush=True)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_suffix(".partial")
+  partial.write_text(json.dumps({"of": of, "found": make()}, indent=2) + "\n")
+  partial.rename(path)
+  return once(path, of, make)
+
+
+def with_versions(what: str) -> str:
+  """What is compiled, and by which compiler; the code itself is not in it."""
+  versions = machine(("jax", "libtpu"))["versions"]
+  return ", ".join([what, *(f"{k} {v}" for k, v in versions.items())])
 
 
 def keep(found: dict, path: pathlib.Path) -> None:

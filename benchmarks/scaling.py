@@ -6,7 +6,8 @@ Compiles the train step of `configs/clip.py:b16` for slices of up to 4,096 TPU
 chips that nobody holds (docs/sharding.md), with the same number of examples a
 chip, and prints what a chip sends in a step by `vlp_jax.hlo`, and the least
 that this way to split a step needs (`least`). Killed and started again, it goes
-on: slices that are there are kept. Needs the [tpu] extra.
+on: slices that are there are kept, unless the versions are others; after a
+change of the code, give another folder. Needs the [tpu] extra.
 """
 
 from __future__ import annotations
@@ -117,6 +118,7 @@ def main() -> None:
       print(f"{count:,} chips of {topology}", flush=True)
       report = rounds.once(
         args.output / f"{count}.json",
+        rounds.with_versions(f"{CONFIG}, {EXAMPLES} a chip, {topology}"),
         functools.partial(compile_for, topology, count),
       )
       lines.append(cells(topology, report))

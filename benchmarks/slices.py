@@ -4,8 +4,9 @@
 
 Compiles every row with `python -m vlp_jax.aot` (docs/sharding.md), minutes
 each, and prints a table, with the command of each row. Killed and started
-again, it goes on: rows that are there are kept. A row on which libtpu itself
-crashes is told and left out. Needs the [tpu] extra.
+again, it goes on: rows that are there are kept, unless their command or the
+versions are others; after a change of the code, give another folder. A row on
+which libtpu itself crashes is told and left out. Needs the [tpu] extra.
 """
 
 from __future__ import annotations
@@ -118,7 +119,9 @@ def main() -> None:
       print(f"{row[1]} for {row[0]}", flush=True)
       try:
         found = rounds.once(
-          args.output / f"{name}.json", functools.partial(compile_row, row)
+          args.output / f"{name}.json",
+          rounds.with_versions(shlex.join(command(row))),
+          functools.partial(compile_row, row),
         )
       except subprocess.CalledProcessError as error:
         print(f"  left out: its compiler ended with {error.returncode}")

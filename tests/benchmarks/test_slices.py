@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import slices
+from benchmarks import rounds, slices
 
 REPORT = {
   "batch_size": 4096,
@@ -56,3 +56,18 @@ def test_what_does_not_fit_fills_a_line():
   cells = slices.cells(slices.ROWS[0], REPORT | {"fits": False})
   assert "does not fit" in cells
   assert len(cells) == len(slices.HEADS)
+
+
+def test_what_is_kept_is_of_the_same_command(tmp_path, capsys):
+  path, made = tmp_path / "rows" / "one.json", []
+
+  def make():
+    made.append(1)
+    return {"count": len(made)}
+
+  assert rounds.once(path, "aot --mesh=1,1,1", make) == {"count": 1}
+  assert rounds.once(path, "aot --mesh=1,1,1", make) == {"count": 1}
+  assert not capsys.readouterr().out
+  assert rounds.once(path, "aot --mesh=2,1,1", make) == {"count": 2}
+  assert "is of aot --mesh=1,1,1" in capsys.readouterr().out
+  assert "jax " in rounds.with_versions("aot")
