@@ -6,7 +6,9 @@
 declare -A flags=()
 
 # How the commands of vlp_jax end: vlp_jax/command.py.
-readonly MISTAKE=2 PREEMPTED=75
+readonly MISTAKE=2 PREEMPTED=75 LOST=69
+# How JAX ends a process that misses another one: SIGABRT.
+readonly ABORTED=134
 
 # Set by a script that was itself told to stop: nothing starts again then.
 stopped=no
@@ -140,20 +142,49 @@ read_env() {
   done
 }
 
-# Calls a function again while it returns 75, at most --max_restarts times.
+# Sets `rank` of a status among those of one run.
+#
+# A loss comes last: it only says that another process has ended, and that one's
+# status says why.
+_rank_of() {
+  case "$1" in
+    0) rank=0 ;;
+    "$LOST" | "$ABORTED") rank=1 ;;
+    "$PREEMPTED") rank=3 ;;
+    "$MISTAKE") rank=4 ;;
+    *) rank=2 ;;
+  esac
+}
+
+# Sets `worst` to the worse of it and a status: 2, then 75, then another
+# failure, then a loss. Of equals, the first stays.
+weigh() {
+  local rank before
+  _rank_of "$worst"
+  before="$rank"
+  _rank_of "$1"
+  ((rank <= before)) || worst="$1"
+}
+
+# Calls a function again while it returns 75 or 69, --max_restarts times at most.
 with_restarts() {
-  local status restarts=0
+  local status restarts=0 why
   while true; do
     status=0
     "$1" || status=$?
-    if ((status != PREEMPTED)) || [[ "$stopped" == yes ]]; then
+    case "$status" in
+      "$PREEMPTED") why="preempted" ;;
+      "$LOST") why="a process is lost" ;;
+      *) break ;;
+    esac
+    if [[ "$stopped" == yes ]]; then
       break
     elif ((restarts >= flags[max_restarts])); then
-      tell "preempted, and --max_restarts=${flags[max_restarts]} is reached"
+      tell "$why, and --max_restarts=${flags[max_restarts]} is reached"
       break
     fi
     restarts=$((restarts + 1))
-    tell "preempted; restart $restarts of at most ${flags[max_restarts]}"
+    tell "$why; restart $restarts of at most ${flags[max_restarts]}"
   done
   if ((status == MISTAKE)); then
     tell "stopped: the command says that something must be mended first"

@@ -56,7 +56,9 @@ create() {
     "--num-slices=${flags[num_slices]}" "$capacity"
 }
 
-# Kubernetes starts all pods again when one ends with 75; 2 ends the workload.
+# Kubernetes starts all pods again when one ends with 75, with 69 (another one is
+# lost), with 42, or by a signal. Any other status of any pod ends the workload:
+# a mistake (2), or a bug.
 submit() {
   local setting options=()
   for setting in "${settings[@]}"; do
@@ -68,7 +70,7 @@ submit() {
     "--tpu-type=${flags[accelerator]}" "--num-slices=${flags[num_slices]}" \
     "--docker-image=${flags[image]}" "${options[@]}" \
     "--max-restarts=${flags[max_restarts]}" \
-    "--restart-on-exit-codes=$PREEMPTED" \
+    "--restart-on-exit-codes=$PREEMPTED,$LOST" \
     "--termination-grace-period-seconds=$grace" \
     "--command=exec $(quote "${command[@]}")"
 }

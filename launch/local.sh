@@ -6,14 +6,15 @@
 #   --devices=D        CPU devices of each process (default 1)
 #   --grace=SECONDS    once a process has failed, how long the others may take
 #                      to end by themselves, and then after SIGTERM (default 60)
-#   --max_restarts=R   start again after status 75, at most R times (default 0)
+#   --max_restarts=R   start again after 75 and 69, at most R times (default 0)
 #   --env=FILE         environment of the processes (default launch/env/cpu.env)
 #   --dry_run          print the commands, run nothing
 #
 # Lines of process i begin with [i]. SIGTERM and SIGINT become SIGTERM for all
 # processes, which then save; a second one becomes SIGKILL. Ends with 2 if a
 # process did (something must be mended), else with 75 if one did (preempted and
-# saved), else with the status of the first that failed.
+# saved), else with the status of the first that failed by itself, else with 69
+# or 134 (some missed another).
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -80,15 +81,6 @@ on_signal() {
   fi
 }
 
-# Sets `worst` to that of it and a status: 2, then 75, then what came first.
-weigh() {
-  if ((worst == MISTAKE || $1 == 0)); then
-    return
-  elif (($1 == MISTAKE || $1 == PREEMPTED || worst == 0)); then
-    worst="$1"
-  fi
-}
-
 # Waits for all processes, and returns the worst status.
 #
 # What ends because it was told to by this script says nothing about the run.
@@ -126,6 +118,8 @@ wait_all() {
 
 run_once() {
   start_all
+  # A signal that came meanwhile found only some processes, or none.
+  [[ "$stopped" == no ]] || signal_all TERM
   wait_all
 }
 

@@ -51,7 +51,18 @@ where=("--zone=${flags[zone]}")
 [[ -z "${flags[project]}" ]] || where+=("--project=${flags[project]}")
 # What ssh ends with when the machine is gone.
 readonly SSH_LOST=255
+# gcloud starts a command on so many workers at once, and on the others when
+# these have ended; --batch-size cannot raise it.
+readonly at_once=64
 tpus=(gcloud compute tpus queued-resources)
+# How many workers the slices have at least.
+workers="${flags[num_slices]}"
+# State of the queued resource: see `look`.
+now=""
+# Whether the slices are to be there, with the tree installed.
+made=yes
+# Whether a worker has ever answered.
+reached=no
 
 # Prints the software that an accelerator needs.
 # https://cloud.google.com/tpu/docs/runtimes
@@ -65,11 +76,45 @@ version_of() {
   esac
 }
 
-# Prints the state of the queued resource; nothing if there is none.
-state() {
+# Prints how many workers a slice has; nothing if that is not known.
+# https://cloud.google.com/tpu/docs/supported-tpu-configurations
+workers_of() {
+  local number="${1##*-}"
+  [[ "$number" =~ ^[1-9][0-9]*$ ]] || return 0
+  case "$1" in
+    # The number is that of cores, and a worker has eight.
+    v[234]-* | v5p-*) echo $(((number + 7) / 8)) ;;
+    # The number is that of chips; a worker has four if it is one of several.
+    v5litepod-* | v6e-*) echo $((number > 8 ? (number + 3) / 4 : 1)) ;;
+  esac
+}
+
+# Sets `now` to the state of the queued resource; to "" if there is none.
+#
+# Only "not found" says that there is none: the network, the service and the
+# login fail at times, and are asked again. What is not allowed stays so.
+look() {
+  local errors reason
+  now=""
   [[ "${flags[dry_run]}" == no ]] || return 0
-  "${tpus[@]}" describe "${flags[name]}" "${where[@]}" \
-    '--format=value(state.state)' 2>/dev/null || true
+  errors="$(mktemp)"
+  until now="$("${tpus[@]}" describe "${flags[name]}" "${where[@]}" \
+    '--format=value(state.state)' 2>"$errors")"; do
+    now=""
+    reason="$(grep -m 1 ERROR "$errors" || head -n 1 "$errors")"
+    # gcloud writes a status of the service in several ways.
+    case "${reason,,}" in
+      *permission* | *invalid[_\ ]argument* | *"command not found"*)
+        rm -f "$errors"
+        fail "cannot see the state of ${flags[name]}: $reason"
+        ;;
+      *not[_\ ]found* | *"httperror 404"*) break ;;
+    esac
+    tell "cannot see the state of ${flags[name]}; trying again: $reason"
+    sleep "${flags[poll]}" || true
+    [[ "$stopped" == no ]] || break
+  done
+  rm -f "$errors"
 }
 
 request() {
@@ -86,36 +131,42 @@ request() {
   run "${tpus[@]}" create "${flags[name]}" "${where[@]}" "${what[@]}"
 }
 
-# Waits until the slices are there.
+# Waits until the slices are there; 75 if they were taken away at once.
 await() {
-  local now="" before=""
+  local before=""
   [[ "${flags[dry_run]}" == no ]] || return 0
   while true; do
-    now="$(state)"
+    look
+    [[ "$stopped" == no ]] || return "$PREEMPTED"
     [[ "$now" == "$before" ]] || tell "${flags[name]} is ${now:-gone}"
     before="$now"
     case "$now" in
       ACTIVE) return ;;
-      "" | FAILED | SUSPENDED)
+      SUSPENDING | SUSPENDED) return "$PREEMPTED" ;;
+      # What waits is gone only if somebody has deleted it.
+      "" | FAILED)
         tell "no slices; gcloud compute tpus queued-resources describe says why"
-        return 1
+        exit 1
         ;;
     esac
     sleep "${flags[poll]}" || true
-    [[ "$stopped" == no ]] || return 1
   done
 }
 
 # Makes the slices, unless they are there; clears away what was preempted.
 create() {
-  while [[ "$(state)" == SUSPENDING || "$(state)" == DELETING ]]; do
-    sleep "${flags[poll]}"
+  look
+  while [[ "$now" == SUSPENDING || "$now" == DELETING ]]; do
+    sleep "${flags[poll]}" || true
+    [[ "$stopped" == no ]] || return "$PREEMPTED"
+    look
   done
-  case "$(state)" in
-    "") request || return ;;
+  [[ "$stopped" == no ]] || return "$PREEMPTED"
+  case "$now" in
+    "") request || return "$SSH_LOST" ;;
     FAILED | SUSPENDED)
-      delete || return
-      request || return
+      delete || return "$SSH_LOST"
+      request || return "$SSH_LOST"
       ;;
   esac
   await
@@ -130,7 +181,38 @@ on_workers() {
     "--command=$1"
 }
 
-# Copies what is needed of this tree, and installs it.
+# Runs a command on all workers, each of which ends with a line launch-status=N.
+#
+# Returns the worst of these: see `weigh`. If it is 0, but some workers have said
+# nothing, it returns 255, or 2 if gcloud does not know its flags. gcloud itself
+# leaves out slices that are gone, with a warning, and ends with 0.
+ask_workers() {
+  local status=0 worst=0 file answer answers
+  if [[ "${flags[dry_run]}" == yes ]]; then
+    on_workers "$1"
+    return
+  fi
+  file="$(mktemp)"
+  on_workers "$1" | awk -v file="$file" '
+    /^launch-status=[0-9]+$/ { print substr($0, 15) > file }
+    { print; fflush() }' || status="${PIPESTATUS[0]}"
+  mapfile -t answers <"$file"
+  rm -f "$file"
+  for answer in "${answers[@]}"; do
+    reached=yes
+    weigh "$answer"
+  done
+  if ((worst == 0 && (status || ${#answers[@]} < workers))); then
+    [[ "$stopped" == yes ]] ||
+      tell "${#answers[@]} of $workers workers have said how they ended;" \
+        "gcloud ended with $status"
+    worst="$SSH_LOST"
+    ((status != MISTAKE)) || worst="$MISTAKE"
+  fi
+  return "$worst"
+}
+
+# Copies what is needed of this tree, and installs it. Returns as `ask_workers`.
 install() {
   local archive=/tmp/vlp_jax.tar.gz command status=0
   [[ "${flags[dry_run]}" == yes ]] || archive="$(mktemp --suffix=.tar.gz)"
@@ -139,63 +221,77 @@ install() {
     run "${tpus[@]}" scp "$archive" "${flags[name]}:vlp_jax.tar.gz" \
       "${where[@]}" --node=all --worker=all || status=$?
   run rm -f "$archive"
-  ((status == 0)) || return "$status"
-  command="mkdir -p vlp_jax && tar -xzf vlp_jax.tar.gz -C vlp_jax"
+  ((status == 0)) || return "$SSH_LOST"
+  command="trap 's=\$?; echo; echo launch-status=\$s' EXIT"
+  command+="; mkdir -p vlp_jax && tar -xzf vlp_jax.tar.gz -C vlp_jax"
   command+=" && bash vlp_jax/launch/worker.sh install"
   [[ -z "${flags[setup]}" ]] || command+=" && ${flags[setup]}"
-  on_workers "$command"
+  ask_workers "$command"
 }
 
-# Runs the command on all workers, and returns the worst of their statuses: 2,
-# then 75, then another.
-run_on_workers() {
-  local words status=0 statuses
-  words="$(quote env "${settings[@]}" bash vlp_jax/launch/worker.sh run \
-    "${command[@]}")"
-  if [[ "${flags[dry_run]}" == yes ]]; then
-    on_workers "$words"
-    return
-  fi
-  statuses="$(mktemp)"
-  on_workers "$words" | awk -v statuses="$statuses" '
-    /^launch-status=/ { print > statuses }
-    { print; fflush() }' || status="${PIPESTATUS[0]}"
-  if grep -qx "launch-status=$MISTAKE" "$statuses"; then
-    status="$MISTAKE"
-  elif grep -qx "launch-status=$PREEMPTED" "$statuses"; then
-    status="$PREEMPTED"
-  fi
-  rm -f "$statuses"
-  return "$status"
-}
-
-# Runs the command once, and makes the slices again if they are gone; 75 if it is to be started again.
-run_once() {
-  local status=0 now
-  run_on_workers || status=$?
+# Makes the slices and installs; 75 if that is to be tried again.
+make() {
+  local status=0
+  { create && install; } || status=$?
   if [[ "$stopped" == yes ]]; then
-    tell "stopping the workers"
-    on_workers "bash vlp_jax/launch/worker.sh stop" || true
     return "$PREEMPTED"
-  elif ((status == 0 || status == MISTAKE)); then
+  elif ((status != SSH_LOST)); then
     return "$status"
   fi
-  now="$(state)"
-  if [[ "$now" != ACTIVE ]]; then
-    tell "${flags[name]} is ${now:-gone}; making it again"
-    create && install || return 1
-  elif ((status == SSH_LOST)); then
-    tell "the connection is lost; trying again"
-    sleep "${flags[poll]}"
-  elif ((status != PREEMPTED)); then
-    return "$status"
+  sleep "${flags[poll]}" || true
+  look
+  # As long as no worker was ever reached, this is a mistake, not a loss: a
+  # quota, or a key. A slice that was taken away is neither.
+  if [[ "$stopped$reached" == nono && ("$now" == ACTIVE || -z "$now") ]]; then
+    tell "cannot make the slices and install; see what gcloud says"
+    return 1
   fi
   return "$PREEMPTED"
 }
 
+run_on_workers() {
+  ask_workers "$(quote env "${settings[@]}" bash vlp_jax/launch/worker.sh run \
+    "${command[@]}")"
+}
+
+# Runs the command once; 75 or 69 if it is to be started again.
+run_once() {
+  local status=0
+  if [[ "$made" == no ]]; then
+    make || return
+    made=yes
+  fi
+  run_on_workers || status=$?
+  if ((status == 0 || status == MISTAKE)); then
+    return "$status"
+  elif [[ "$stopped" == yes ]]; then
+    return "$PREEMPTED"
+  fi
+  case "$status" in
+    "$LOST" | "$ABORTED" | "$SSH_LOST")
+      # The state follows some time after the machines.
+      tell "a worker or its connection is lost ($status); looking again"
+      sleep "${flags[poll]}" || true
+      status="$LOST"
+      ;;
+  esac
+  look
+  if [[ "$now" != ACTIVE && "$stopped" == no ]]; then
+    tell "${flags[name]} is ${now:-gone}; making it again"
+    made=no status="$PREEMPTED"
+  fi
+  return "$status"
+}
+
 run_command() {
+  local status=0
   trap 'stopped=yes' INT TERM
-  with_restarts run_once
+  with_restarts run_once || status=$?
+  if [[ "$stopped" == yes && "$made" == yes ]] && ((status)); then
+    tell "stopping the workers"
+    on_workers "bash vlp_jax/launch/worker.sh stop" || true
+  fi
+  return "$status"
 }
 
 collect() {
@@ -204,13 +300,18 @@ collect() {
   run mkdir -p "$to"
   run "${tpus[@]}" scp --recurse "${flags[name]}:${flags[from]}" "$to" \
     "${where[@]}" --node=0 --worker=0
+  # gcloud leaves out a slice that is gone, and ends with 0.
+  [[ "${flags[dry_run]}" == no ]] || return 0
+  if [[ ! -e "$to/$(basename "${flags[from]}")" ]]; then
+    tell "nothing was copied: the first slice is gone"
+    return 1
+  fi
 }
 
 all() {
   local status=0
   trap 'delete || tell "NOT DELETED, and billed until it is: ${flags[name]}"' EXIT
-  create
-  install
+  made=no
   run_command || status=$?
   [[ -z "${flags[from]}" ]] || collect || status="${status/#0/1}"
   return "$status"
@@ -222,6 +323,11 @@ case "$action" in
     need accelerator
     [[ -n "${flags[version]}" ]] ||
       flags[version]="$(version_of "${flags[accelerator]}")"
+    each="$(workers_of "${flags[accelerator]}")"
+    workers=$((flags[num_slices] * ${each:-1}))
+    ((workers <= at_once)) ||
+      fail "$workers workers: gcloud starts a command on $at_once at once; use" \
+        "launch/gke_xpk.sh"
     ;;
 esac
 case "$action" in

@@ -3,9 +3,11 @@
 
 Which one it is says the name that it is called by. State is in the folder
 $STANDIN: `calls`, one JSON list of arguments a line; `state` of the queued
-resource, and `next`, that of one just asked for; `plan` of one preemption,
-lines HOW and FILES: once they are there, workers get SIGTERM ("term"), or die
-and the queued resource is suspended ("suspend").
+resource, `next`, that of one just asked for, and `later`, what `describe` finds
+then, one a line; `errors`, lines that `describe` fails with first; `gone`, the
+slices that are preempted, one a line; `plan` of one preemption, lines HOW and
+FILES: once they are there, workers get SIGTERM ("term"), or die and the queued
+resource is suspended ("suspend"), or is as before for now ("lag").
 """
 
 import json
@@ -42,6 +44,13 @@ def read(name: str, default: str = "") -> str:
   return path.read_text() if path.exists() else default
 
 
+def pop(name: str) -> str:
+  """Takes the first line of a file of the state; nothing if there is none."""
+  first, _, rest = read(name).partition("\n")
+  (STATE / name).write_text(rest)
+  return first
+
+
 def preemption(workers: list[subprocess.Popen]) -> bool:
   """Carries out the plan if its time has come; tells if machines are lost."""
   how, *triggers = read("plan").splitlines() or [""]
@@ -50,13 +59,15 @@ def preemption(workers: list[subprocess.Popen]) -> bool:
   (STATE / "plan").unlink()
   if how == "suspend":
     (STATE / "state").write_text("SUSPENDED")
+  elif how == "lag":
+    (STATE / "gone").write_text("\n".join(map(str, range(slices()))))
   for worker in workers:
-    sign = signal.SIGKILL if how == "suspend" else signal.SIGTERM
+    sign = signal.SIGTERM if how == "term" else signal.SIGKILL
     if NAME == "gcloud":  # the machine shuts down: all its processes
       os.killpg(worker.pid, sign)
     else:
       worker.send_signal(sign)
-  return how == "suspend"
+  return how != "term"
 
 
 def run_all(commands: list[list[str]], environs: list[dict]) -> list[int]:
@@ -80,10 +91,32 @@ def run_all(commands: list[list[str]], environs: list[dict]) -> list[int]:
   return [255 if lost else worker.returncode for worker in workers]
 
 
+def slices() -> int:
+  return int(read("slices", "1"))
+
+
 def machines() -> list[pathlib.Path]:
-  """The homes of the workers: two for each slice."""
-  count = int(read("slices", "1"))
-  return [STATE / f"worker {s}.{w}" for s in range(count) for w in range(2)]
+  """The homes of all workers: two for each slice, as a v5p-16 has."""
+  return [STATE / f"worker {s}.{w}" for s in range(slices()) for w in range(2)]
+
+
+def ready() -> list[pathlib.Path]:
+  """Those of slices that are ready: of others, gcloud warns, and no more."""
+  gone = read("gone").split()
+  if read("state") != "ACTIVE":
+    gone = [str(number) for number in range(slices())]
+  if gone:
+    print(
+      f"WARNING: Could not prepare all {slices()} nodes, attempting to ssh"
+      " into the rest.",
+      file=sys.stderr,
+    )
+  return [h for h in machines() if h.name.split()[1].split(".")[0] not in gone]
+
+
+def not_found() -> int:
+  print(f"ERROR: ({NAME}) NOT_FOUND: Resource was not found.", file=sys.stderr)
+  return 1
 
 
 def gcloud() -> int:
@@ -98,36 +131,40 @@ def gcloud() -> int:
     )
     assert not state, "it exists already"
     (STATE / "slices").write_text(given.get("node-count", "1"))
+    (STATE / "gone").unlink(missing_ok=True)
     (STATE / "state").write_text(read("next", "WAITING_FOR_RESOURCES"))
   elif verb == "describe":
     flags_of(*where, "format")
-    if not state:
+    if error := pop("errors"):
+      print(error, file=sys.stderr)
       return 1
+    if not state:
+      return not_found()
     print(state)
     later = {"WAITING_FOR_RESOURCES": "PROVISIONING", "PROVISIONING": "ACTIVE"}
-    (STATE / "state").write_text(later.get(state, state))
+    (STATE / "state").write_text(pop("later") or later.get(state, state))
   elif verb == "delete":
     flags_of(*where, "force", "quiet")
     (STATE / "state").unlink()
     for home in machines():
       shutil.rmtree(home, ignore_errors=True)
-  elif state != "ACTIVE":
-    return 255
+  elif not state:
+    return not_found()
   elif verb == "scp":
     flags_of(*where, "node", "worker", "recurse")
     source, target = (a for a in rest if not a.startswith("--"))
     if ":" in target and target.endswith(".gz"):
-      for home in machines():
+      for home in ready():
         home.mkdir(exist_ok=True)
         shutil.copy(source, home / target.partition(":")[2])
-    else:
+    elif homes := ready():
       name = source.partition(":")[2]
       shutil.copytree(
-        machines()[0] / name, pathlib.Path(target) / pathlib.Path(name).name
+        homes[0] / name, pathlib.Path(target) / pathlib.Path(name).name
       )
   elif verb == "ssh":
     given = flags_of(*where, "node", "worker", "command")
-    homes = machines()
+    homes = ready()
     statuses = run_all(
       [["bash", "-c", given["command"]] for _ in homes],
       [{"HOME": str(h), "WORKER": h.name[-3:]} for h in homes],
@@ -149,12 +186,16 @@ def xpk() -> int:
     # As xpk's container has it.
     script = f"({given['command']}) & PID=$!; trap 'kill -TERM $PID' TERM; "
     script += "while kill -0 $PID 2>/dev/null; do sleep 0.05; done; wait $PID"
+    # xpk's, and those that are asked for; any other fails the job, and with it
+    # the JobSet, whatever the other pods ended with.
+    again = {42, *range(127, 256)}
+    again |= {int(code) for code in given["restart-on-exit-codes"].split(",")}
     for _ in range(1 + int(given["max-restarts"])):
       statuses = run_all(
         [["bash", "-c", script]] * 2, [{**environ, "WORKER": w} for w in "01"]
       )
-      codes = given["restart-on-exit-codes"].split(",")
-      if str(max(statuses)) not in codes:
+      failures = set(statuses) - {0}
+      if not failures or failures - again:
         break
     (STATE / "workload").write_text(str(max(statuses)))
   elif ARGS[:2] == ["workload", "list"]:
@@ -201,9 +242,16 @@ def sbatch() -> int:
 def srun() -> int:
   assert re.fullmatch(r"--wait=\d+", ARGS[0]), ARGS
   tasks = range(int(os.environ["SLURM_NTASKS"]))
-  return max(
-    run_all([ARGS[1:]] * len(tasks), [{"SLURM_PROCID": str(i)} for i in tasks])
+  statuses = run_all(
+    [ARGS[1:]] * len(tasks), [{"SLURM_PROCID": str(i)} for i in tasks]
   )
+  for i, status in enumerate(statuses):
+    if status:
+      print(
+        f"srun: error: node: task {i}: Exited with exit code {status}",
+        file=sys.stderr,
+      )
+  return max(statuses)
 
 
 def scontrol() -> int:

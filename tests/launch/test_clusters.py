@@ -44,6 +44,30 @@ def test_a_mistake_ends_the_run_at_once(cloud, script):
   assert out.count("starts at") == len(WHO[script])
 
 
+@pytest.mark.parametrize("script", ["gke_xpk.sh", "slurm.sh"])
+def test_a_run_that_has_lost_a_process_goes_on(cloud, script):
+  status, out = launch(cloud, script, cloud.folder / "a run", "lost")
+  assert status == 0, out
+  assert out.count("starts at 1") == 2
+
+
+@pytest.mark.parametrize("script", ["gke_xpk.sh", "slurm.sh"])
+@pytest.mark.parametrize("other", [1, 2])
+def test_a_failure_that_others_miss_ends_the_run(cloud, script, other):
+  """The others end with 69; a restart would fail in the same way."""
+  code = 'echo "starts at"; [[ ${WORKER:-$SLURM_PROCID} == 1 ]] && '
+  code += f"exit {other}; exit 69"
+  command = ("--", "bash", "-c", code)
+  result = cloud.launch(script, *COMMANDS[script], *command)
+  if script == "slurm.sh":
+    assert (cloud.folder / "cloud" / "job").read_text() == str(other)
+    log = (cloud.folder / "slurm-7.out").read_text()
+  else:
+    assert result.returncode == 125
+    log = result.stdout
+  assert log.count("starts at") == 2
+
+
 def test_slurm_queues_again_so_often_only(cloud):
   folder = cloud.folder / "a run"
   cloud.plan("term", folder / "at-2-0")

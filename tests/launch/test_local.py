@@ -25,7 +25,7 @@ def test_three_processes(tmp_path):
   result = launch("local.sh", 3, "--", "python", TOY, folder)
   assert result.returncode == 0
   assert done(folder) == ["done-0", "done-1", "done-2"]
-  lines = sorted(result.stdout.splitlines())
+  lines = sorted(li for li in result.stdout.splitlines() if "starts" in li)
   assert [line[:14] for line in lines] == [
     f"[{i}] {i} starts at"[:14] for i in range(3)
   ]
@@ -44,6 +44,32 @@ def test_what_a_process_is_told(tmp_path):
   ]
   assert found[0][1] == found[1][1]
   assert re.fullmatch(r"localhost:\d+", found[0][1])
+
+
+def test_a_cluster_around_is_not_heard(tmp_path, monkeypatch):
+  """Or these tests would fail inside a job of Slurm."""
+  monkeypatch.setenv("SLURM_PROCID", "5")
+  monkeypatch.setenv("JAX_PROCESS_ID", "6")
+  command = ["python", str(TOY), str(tmp_path)]
+  subprocess.run(command, env=environ(WORKER="w"), check=True)
+  assert done(tmp_path) == ["done-w"]
+
+
+def test_processes_that_were_lost_start_again(tmp_path):
+  end = ("--", "python", TOY, tmp_path, "lost")
+  result = launch("local.sh", 2, "--max_restarts=1", *end)
+  assert result.returncode == 0
+  assert "a process is lost; restart 1 of at most 1" in result.stderr
+  assert len(done(tmp_path)) == 2
+
+
+def test_a_failure_comes_before_a_loss(tmp_path):
+  code = "import os, sys; i = int(os.environ['JAX_PROCESS_ID']);"
+  code += "import time; time.sleep(0.5 * i); sys.exit((69, 7)[i])"
+  end = ("--max_restarts=5", "--", "python", "-c", code)
+  result = launch("local.sh", 2, *end)
+  assert result.returncode == 7
+  assert "restart" not in result.stderr
 
 
 def test_one_that_dies_takes_the_others_along(tmp_path):
@@ -65,10 +91,10 @@ def test_a_mistake_comes_before_all_else(tmp_path):
   assert "restart" not in result.stderr
 
 
-def start(*args):
+def start(*args, **env):
   return subprocess.Popen(
     ["bash", LAUNCH / "local.sh", *map(str, args)],
-    env=environ(),
+    env=environ(**env),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -89,6 +115,20 @@ def test_a_signal_reaches_all(tmp_path, sign):
   again = launch("local.sh", 2, "--", "python", TOY, tmp_path, "wait")
   assert again.returncode == 0 and len(done(tmp_path)) == 2
   assert again.stdout.count("starts at 2") == 2
+
+
+def test_a_signal_that_comes_before_the_processes(tmp_path):
+  """While the port is looked for, there is nothing yet to pass it on to."""
+  (tmp_path / "bin").mkdir()
+  slow = tmp_path / "bin" / "python3"
+  slow.write_text(f"#!/bin/sh\ntouch '{tmp_path}/looks'\nsleep 1\necho 1\n")
+  slow.chmod(0o755)
+  path = f"{tmp_path / 'bin'}:{environ()['PATH']}"
+  process = start(2, "--", "sleep", "15", PATH=path)
+  wait_for(tmp_path / "looks")
+  process.send_signal(signal.SIGTERM)
+  process.communicate(timeout=10)
+  assert process.returncode == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("most", [0, 1])

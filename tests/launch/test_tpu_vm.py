@@ -1,15 +1,17 @@
 """Cloud TPU VMs: from `create` to `delete`, with preemptions."""
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
+import time
 
 import pytest
 
 from tests.launch.tools import LAUNCH, TOY, environ, heed_interrupts, wait_for
 
-WHERE = ("--name=a run", "--zone=us-east5-b", "--accelerator=v6e-16")
+WHERE = ("--name=a run", "--zone=us-east5-b", "--accelerator=v5p-16")
 QUEUED = ("gcloud", "compute", "tpus", "queued-resources")
 
 
@@ -31,6 +33,16 @@ def done(folder):
   return sorted(path.name for path in folder.glob("done-*"))
 
 
+def start_worker(cloud, who, *end):
+  """Starts the command on the first worker, as a connection to it does."""
+  tree = cloud.folder / "cloud" / "worker 0.0" / "vlp_jax" / "launch"
+  return subprocess.Popen(
+    ["bash", tree / "worker.sh", "run", "python", TOY, *end],
+    env=environ(WORKER=who),
+    stdout=subprocess.PIPE,
+  )
+
+
 def test_the_whole_life(cloud):
   folder = cloud.folder / "shared disk"
   result = launch(
@@ -50,7 +62,7 @@ def test_the_whole_life(cloud):
   assert result.stdout.count("starts at 0, --xla_") == 4
   (create,) = (call for call in cloud.calls if "create" in call)
   assert {"--node-count=2", "--node-prefix=a run"} < set(create)
-  assert "--runtime-version=v2-alpha-tpuv6e" in create
+  assert "--runtime-version=v2-alpha-tpuv5" in create
   uv = [call for call in cloud.calls if call[0] == "uv"]
   assert len(uv) == 8 and uv[-1][-1] == ".[tpu]"
   assert (cloud.folder / "here/results/table").read_text() == "good\n"
@@ -83,18 +95,72 @@ def test_a_run_that_is_left_behind_ends_first(cloud):
   """A lost connection leaves it running; two would write one folder."""
   folder = cloud.folder / "shared"
   installed(cloud)
-  worker = cloud.folder / "cloud" / "worker 0.0" / "vlp_jax" / "launch"
-  left = subprocess.Popen(
-    ["bash", worker / "worker.sh", "run", "python", TOY, folder, "wait"],
-    env=environ(WORKER="left"),
-    stdout=subprocess.PIPE,
-  )
+  left = start_worker(cloud, "left", folder, "wait")
   wait_for(folder / "at-2-left")
   result = launch(cloud, "run", "--", "python", TOY, folder)
   assert result.returncode == 0, result.stderr
   out, _ = left.communicate(timeout=20)
   assert out.endswith(b"launch-status=75\n")
   assert done(folder) == ["done-0.0", "done-0.1"]
+
+
+def test_a_run_outlives_its_connection(cloud):
+  """And what it prints then is kept; to stop it is the next one's task."""
+  folder = cloud.folder / "shared"
+  installed(cloud)
+  process = start_worker(cloud, "0.0", folder, "wait")
+  wait_for(folder / "at-2-0.0")
+  assert process.stdout.readline().startswith(b"0.0 starts at 0")
+  process.stdout.close()
+  tree = cloud.folder / "cloud" / "worker 0.0" / "vlp_jax"
+  size = (tree / ".launch.log").stat().st_size
+  time.sleep(0.5)
+  assert process.poll() is None
+  assert (tree / ".launch.log").stat().st_size > size
+  stop = ["bash", tree / "launch" / "worker.sh", "stop"]
+  subprocess.run(stop, env=environ(), check=True, timeout=20)
+  assert (folder / "ended-0.0").read_text() == "75"
+  assert process.wait(timeout=20) == 75
+
+
+def test_a_run_leaves_the_next_ones_pid_file(cloud):
+  """So that the next one can be stopped, too; often, as it is about timing."""
+  folder = cloud.folder / "shared"
+  installed(cloud)
+  tree = cloud.folder / "cloud" / "worker 0.0" / "vlp_jax"
+  before = None
+  for i in range(4):
+    process = start_worker(cloud, f"{i}", folder, "wait", "late")
+    wait_for(folder / f"at-2-{i}")
+    if before:
+      out, _ = before.communicate(timeout=20)
+      assert out.endswith(b"\nlaunch-status=75\n")
+      # It has ended before the next one began.
+      ended = (folder / f"ended-{i - 1}").stat().st_mtime_ns
+      assert ended < (folder / f"at-1-{i}").stat().st_mtime_ns
+    time.sleep(0.2)
+    pid = int((tree / ".launch.pid").read_text())
+    assert os.readlink(f"/proc/{pid}/cwd") == str(tree)
+    before = process
+  stop = ["bash", tree / "launch" / "worker.sh", "stop"]
+  subprocess.run(stop, env=environ(), check=True, timeout=20)
+  assert before.communicate(timeout=20)[0].endswith(b"launch-status=75\n")
+  assert not (tree / ".launch.pid").exists()
+
+
+def test_of_two_that_start_at_once_one_waits(cloud):
+  """The lock is held before there is a pid to be seen, and until the end."""
+  folder = cloud.folder / "shared"
+  installed(cloud)
+  tree = cloud.folder / "cloud" / "worker 0.0" / "vlp_jax"
+  with open(tree / ".launch.lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    process = start_worker(cloud, "0.0", folder)
+    time.sleep(0.5)
+    assert not folder.exists()
+  wait_for(folder / "done-0.0")
+  process.communicate(timeout=20)
+  assert process.returncode == 0
 
 
 def test_an_interrupt_has_the_workers_save(cloud):

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests.e2e import commands
-from tests.launch.tools import LAUNCH, environ
+from tests.launch.tools import LAUNCH, environ, without_cluster
 
 
 def start(workdir, *flags):
@@ -21,7 +21,7 @@ def start(workdir, *flags):
       *commands.no_evaluations("configs/clip.py:debug"),
     ],
     cwd=workdir.parent,
-    env=commands.environ(PATH=environ()["PATH"]),
+    env=without_cluster(commands.environ(PATH=environ()["PATH"])),
     stdout=subprocess.DEVNULL,
     stderr=subprocess.PIPE,
     text=True,

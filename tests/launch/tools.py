@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,13 @@ def environ(**more: str) -> dict[str, str]:
   """The environment, with this Python first and without a cluster's."""
   python = pathlib.Path(sys.executable).parent
   path = f"{HERE / 'bin'}:{python}:{os.environ['PATH']}"
-  return {**os.environ, "PATH": path, **more}
+  return {**without_cluster(os.environ), "PATH": path, **more}
+
+
+def without_cluster(env) -> dict[str, str]:
+  """An environment without what a job of a cluster, if this is one, has set."""
+  told = re.compile(r"SLURM_|SRUN_|SBATCH_|JAX_(COORD|NUM_|PROC)|WORKER$")
+  return {name: value for name, value in env.items() if not told.match(name)}
 
 
 def heed_interrupts() -> None:
@@ -59,9 +66,13 @@ class Cloud:
     )
 
   def plan(self, how: str, *triggers: pathlib.Path) -> None:
-    """Preempts once, as soon as files are there: "term" or "suspend"."""
+    """Preempts once, as soon as files are there: "term", "suspend", "lag"."""
     plan = "\n".join([how, *map(str, triggers)])
     (self.folder / "cloud" / "plan").write_text(plan)
+
+  def write(self, name: str, text: str) -> None:
+    """Sets a file of the stand-ins' state."""
+    (self.folder / "cloud" / name).write_text(text)
 
   @property
   def calls(self) -> list[list[str]]:

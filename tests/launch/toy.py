@@ -1,7 +1,11 @@
 """A command that ends as vlp_jax's do: 0, 2, or 75 once SIGTERM has come.
 
-toy.py FOLDER [wait | mistake | crash]   with `wait`, the first start goes no
-                                         further than step 2 before SIGTERM
+toy.py FOLDER [wait | mistake | crash | lost] [late]
+
+With `wait` and `crash`, the first start goes no further than step 2 before
+SIGTERM; process 1 of a `crash` ends with 7. With `lost`, the first start ends
+as one does that misses another process: with 69. With `late`, a process that
+saves takes half a second longer to end. All print at each step.
 """
 
 import os
@@ -27,6 +31,9 @@ if "mistake" in how:
   sys.exit(2)
 if "crash" in how and who == "1":
   sys.exit(7)
+if "lost" in how and step == 0:
+  saved.write_text("1")
+  sys.exit(69)
 first = step == 0
 until = time.monotonic() + 20
 while step < 4 and time.monotonic() < until:
@@ -36,7 +43,10 @@ while step < 4 and time.monotonic() < until:
   aside.write_text(str(step))
   aside.replace(saved)
   (folder / f"at-{step}-{who}").touch()
+  print(f"{who} is at {step}", flush=True)
   if stop:
+    time.sleep(0.5 * ("late" in how))
+    (folder / f"ended-{who}").write_text("75")
     sys.exit(75)
   time.sleep(0.01)
 assert step == 4, "nothing came in 20 s"
