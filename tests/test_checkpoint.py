@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vlp_jax import checkpoint, optim
+from vlp_jax import checkpoint, hosts, optim
 from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
 from vlp_jax.train_state import TrainState
@@ -224,6 +224,46 @@ def test_damage_falls_back_to_the_one_before(tmp_path, kind, cut):
   gc.collect()  # so that those other reads end here
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_damage_of_a_step_that_was_damaged_before(tmp_path):
+  """It was set aside, saved anew, and is damaged again."""
+  target, saver = abstract(make_state(1)), checkpoint.Checkpointer(tmp_path, 9)
+  saver.save(1, make_state(1), {})
+  for _ in range(3):
+    saver.save(2, make_state(2), {})
+    saver.wait()
+    (tmp_path / "2/state/manifest.ocdbt").unlink()
+    assert_equal(saver.restore(target)[0], make_state(1))
+  names = {path.name for path in tmp_path.iterdir()}
+  assert names == {"1", "2.damaged", "2.damaged2", "2.damaged3"}
+  saver.close()
+  assert checkpoint.Checkpointer(tmp_path).latest_step() == 1
+  gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_damage_that_one_of_several_hosts_sees(tmp_path, monkeypatch):
+  """Others may be about to read it: all start again, from the one before."""
+  save_all(tmp_path, 1, 2)
+  savers = [checkpoint.Checkpointer(tmp_path) for _ in range(2)]
+  (tmp_path / "2/state/manifest.ocdbt").unlink()
+  monkeypatch.setattr(hosts, "several", lambda: True)
+  target = abstract(make_state(1))
+  for saver in savers:  # the second finds that it is gone
+    with pytest.raises(hosts.StartAgainError, match=r"2 is damaged \(.*aside"):
+      saver.restore(target)
+    saver.close()
+  assert {path.name for path in tmp_path.iterdir()} == {"1", "2.damaged"}
+  saver = checkpoint.Checkpointer(tmp_path)
+  assert_equal(saver.restore(target)[0], make_state(1))
+  (tmp_path / "1/state/manifest.ocdbt").unlink()
+  with pytest.raises(UserError, match="1 is damaged"):  # there is no other
+    saver.restore(target)
+  assert (tmp_path / "1").exists()
+  saver.close()
+  gc.collect()
+
+
 def _flip(path, place, bit=3):
   """Flips a bit at a place, a share of the file."""
   data = bytearray(path.read_bytes())
@@ -336,35 +376,48 @@ def test_a_full_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
-def run_child(name, directory, **env):
+def run_child(name, *args, **env):
   return subprocess.Popen(
-    [sys.executable, __file__, name, str(directory)],
+    [sys.executable, __file__, name, *map(str, args)],
     env={**os.environ, "PYTHONPATH": str(_ROOT), **env},
     stdout=subprocess.PIPE,
     text=True,
   )
 
 
-def child_saves_until_killed(directory):
+def child_is_killed_while_saving(directory, moment):
+  """`first`: a save is under way; `last`: it only lacks its name."""
+
+  def slow(rename):
+    def renamed(old, new, **kwargs):
+      if os.fspath(new) != os.path.join(directory, "2"):
+        return rename(old, new, **kwargs)
+      if moment == "last":
+        os.kill(os.getpid(), signal.SIGKILL)
+      time.sleep(60)  # however fast the disk is, the other moment is before
+
+    return renamed
+
+  os.rename, os.replace = slow(os.rename), slow(os.replace)
   saver = checkpoint.Checkpointer(directory)
   saver.save(1, make_state(1), {"step": 1})
   saver.wait()
   big = np.random.default_rng(0).normal(size=(8, 1 << 22)).astype(np.float32)
   saver.save(2, jax.tree.map(jnp.asarray, list(big)), {"step": 2})
-  print("saving", flush=True)
+  if moment == "first":
+    os.kill(os.getpid(), signal.SIGKILL)
   saver.wait()
-  time.sleep(60)
 
 
-def test_killed_while_saving(tmp_path):
-  child = run_child("child_saves_until_killed", tmp_path)
-  assert child.stdout.readline() == "saving\n"
-  child.send_signal(signal.SIGKILL)
-  child.wait()
+@pytest.mark.parametrize("moment", ["first", "last"])
+def test_killed_while_saving(tmp_path, moment):
+  child = run_child("child_is_killed_while_saving", tmp_path, moment)
+  assert child.wait() == -signal.SIGKILL
   left = sorted(p.name for p in tmp_path.iterdir())
   assert left[0] == "1" and left[1].startswith("2.") and len(left) == 2
-  size = sum(p.stat().st_size for p in (tmp_path / left[1]).rglob("*"))
-  assert size < 8 << 24  # it was killed before the end
+  if moment == "last":  # all of it was written
+    whole, cut = (tmp_path / name / "state" for name in left)
+    assert {p.name for p in whole.iterdir()} <= {p.name for p in cut.iterdir()}
   reader = checkpoint.Checkpointer(tmp_path, writable=False)
   assert reader.latest_step() == 1 and (tmp_path / left[1]).exists()
   saver = checkpoint.Checkpointer(tmp_path, keep=2)
@@ -401,7 +454,7 @@ def test_another_mesh(tmp_path):
   saver.close()
 
 
-CHILDREN = (child_saves_until_killed, child_changes_mesh)
+CHILDREN = (child_is_killed_while_saving, child_changes_mesh)
 
 if __name__ == "__main__":
-  {f.__name__: f for f in CHILDREN}[sys.argv[1]](sys.argv[2])
+  {f.__name__: f for f in CHILDREN}[sys.argv[1]](*sys.argv[2:])

@@ -1,9 +1,11 @@
 """How processes find one another, and what one says that has to end."""
 
-import contextlib
+import errno
 import http.server
+import signal
 import socket
 import threading
+import time
 
 import jax
 import pytest
@@ -106,6 +108,59 @@ def test_a_cluster_that_jax_cannot_read(monkeypatch):
     hosts.initialize({"OMPI_COMM_WORLD_SIZE": "2"})
 
 
+@pytest.mark.parametrize(
+  "error, status",
+  [
+    (RuntimeError("Failed to recognize coordinator address a:8476"), 69),
+    (RuntimeError("Retry failed with all attempts exhausted"), 69),
+    (RuntimeError("DEADLINE_EXCEEDED: Deadline Exceeded"), 69),
+    (RuntimeError("expected HOSTNAME env variable to be defined"), 2),
+    (ValueError("coordinator_address should be defined."), 2),
+  ],
+)
+def test_who_waits_in_vain_for_a_cluster_may_start_again(
+  error, status, monkeypatch, capsys
+):
+  """A slice that a cluster is replacing is late: that is no mistake."""
+
+  def initialize(**_):
+    raise error
+
+  monkeypatch.setattr(jax.distributed, "initialize", initialize)
+  _assert_ends(lambda _: hosts.initialize(CLUSTERS["slices"]), status)
+  said = capsys.readouterr().err.splitlines()
+  assert len(said) == 1 and said[0].startswith("error: ")
+  assert str(error) in said[0]
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_sigterm_ends_what_saves_nothing(saves, monkeypatch):
+  """JAX notes it for who asks; who never asks would not hear of it."""
+
+  def note(*_):
+    pass
+
+  def initialize(**_):
+    waits_with.append(signal.getsignal(signal.SIGTERM))
+    signal.signal(signal.SIGTERM, note)
+
+  monkeypatch.setattr(jax.distributed, "initialize", initialize)
+  waits_with, before = [], signal.signal(signal.SIGTERM, lambda *_: None)
+  try:
+    hosts.initialize(CLUSTERS["slices"], saves=saves)
+    expected = note if saves else signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == expected
+    assert waits_with == [signal.SIG_DFL]
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def _assert_ends(main, status):
+  with pytest.raises(SystemExit) as end:
+    command.execute(main)
+  assert end.value.code == status
+
+
 # --- TPU VMs, whose metadata tell of the others ------------------------------
 
 
@@ -178,24 +233,37 @@ def test_accelerators_of_hosts_that_did_not_join(monkeypatch):
 # --- The roll call -----------------------------------------------------------
 
 
-def _meet(*told, seconds=10.0, address=None):
+class _Process(threading.Thread):
+  """Calls `meet` with its arguments."""
+
+  def __init__(self, *args):
+    super().__init__(daemon=True)
+    self._told, self._raised = args, None
+
+  def run(self):
+    try:
+      roll_call.meet(*self._told)
+    except Exception as error:
+      self._raised = error
+
+  def end(self):
+    """Returns what it says that has to end, or None. Bugs are raised."""
+    self.join(timeout=120)
+    assert not self.is_alive()
+    if self._raised is None:
+      return None
+    if not isinstance(self._raised, UserError):
+      raise self._raised
+    return str(self._raised)
+
+
+def _meet(*told, seconds=60.0, address=None):
   """Calls `meet` with each (count, number); returns what they raise."""
   address = address or f"localhost:{free_port()}"
-  raised = [None] * len(told)
-
-  def call(place):
-    try:
-      roll_call.meet(address, *told[place], seconds)
-    except UserError as error:
-      raised[place] = str(error)
-
-  threads = [threading.Thread(target=call, args=(i,)) for i in range(len(told))]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join(timeout=30)
-    assert not thread.is_alive()
-  return raised
+  processes = [_Process(address, *each, seconds) for each in told]
+  for process in processes:
+    process.start()
+  return [process.end() for process in processes]
 
 
 def test_all_come():
@@ -203,7 +271,7 @@ def test_all_come():
 
 
 def test_one_does_not_come():
-  first, second = _meet((4, 0), (4, 2), seconds=0.5)
+  first, second = _meet((4, 0), (4, 2), seconds=3)
   assert "of the 4 processes, 1, 3 did not come within" in first
   assert "could not be reached" in second or "gave up" in second
 
@@ -211,6 +279,33 @@ def test_one_does_not_come():
 def test_the_first_cannot_be_reached():
   (error,) = _meet((2, 1), seconds=0.3)
   assert "process 0 could not be reached at localhost:" in error
+
+
+@pytest.mark.parametrize("number", ["0", "1"])
+def test_who_waits_in_vain_may_start_again(number, monkeypatch, capsys):
+  monkeypatch.setattr(hosts, "_START_SECONDS", 0.3)
+  told = {hosts.ADDRESS: f"localhost:{free_port()}", hosts.COUNT: "2"}
+  environ = {**told, hosts.NUMBER: number}
+  _assert_ends(lambda _: hosts.initialize(environ), 69)
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("error: ") and "within 0 s" in line
+
+
+def test_the_first_gives_up(capsys):
+  """It has answered, and ended without a word: that may be no mistake."""
+  with socket.create_server(("localhost", 0)) as server:
+    address = f"localhost:{server.getsockname()[1]}"
+
+    def hang_up():
+      other, _ = server.accept()
+      other.recv(100)
+      other.close()
+
+    thread = threading.Thread(target=hang_up)
+    thread.start()
+    _assert_ends(lambda _: roll_call.meet(address, 2, 1, 10.0), 69)
+    thread.join(timeout=20)
+  assert "process 0 gave up" in capsys.readouterr().err
 
 
 def test_two_have_a_number():
@@ -234,23 +329,24 @@ def test_a_port_that_is_taken():
 def test_strangers_at_the_port():
   """Who says something else, or nothing, is not counted."""
   port = free_port()
-  threads = []
-  for number in (0, 1):
-    args = (f"localhost:{port}", 2, number, 10.0)
-    threads.append(threading.Thread(target=roll_call.meet, args=args))
-  threads[0].start()
+  first, second = (
+    _Process(f"localhost:{port}", 2, number, 60.0) for number in (0, 1)
+  )
+  first.start()
   with _connect(port) as loud, _connect(port):  # the second never speaks
     loud.sendall(b"GET / HTTP/1.1\r\n")
-    threads[1].start()
-    for thread in threads:
-      thread.join(timeout=20)
-      assert not thread.is_alive()
+    second.start()
+    assert [first.end(), second.end()] == [None, None]
 
 
 def _connect(port):
+  deadline = time.monotonic() + 30
   while True:  # it is about to listen
-    with contextlib.suppress(ConnectionRefusedError):
+    try:
       return socket.create_connection(("localhost", port))
+    except ConnectionRefusedError:
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
 
 
 # --- The end -----------------------------------------------------------------
@@ -265,7 +361,14 @@ def _connect(port):
       69,
       "error: host 0: another host has ended, see what it says (UNKNOWN: Gloo",
     ),
+    (hosts.StartAgainError("2 is damaged"), 75, "2 is damaged"),
     (ZeroDivisionError("a bug"), 1, "Traceback"),
+    (OSError(errno.EIO, "Input/output error"), 1, "Traceback"),
+    (
+      OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl"),
+      2,
+      "error: host 0: no space left on the disk (metrics.jsonl); free some",
+    ),
     (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB"), 1, "Traceback"),
   ],
 )

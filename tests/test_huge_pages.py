@@ -63,4 +63,4 @@ def test_goes_on(tmp_path, state, tunables):
 
 
 def test_goes_on_where_there_is_no_such_kernel(tmp_path):
-  huge_pages.use(tmp_path / "none")
+  assert huge_pages.environment({}, tmp_path / "none") is None

@@ -44,17 +44,26 @@ def test_norms_that_stay_high_are_followed():
 
 
 def test_too_many_in_a_row_stop_a_run():
-  in_row = skips.SkippedInRow(3, 2, lambda: 8)
+  def saved(*steps):
+    return lambda before: max((s for s in steps if s < before), default=None)
+
+  # Step 12's gradients are those of the parameters that step 11 has left.
+  in_row = skips.SkippedInRow(3, 2, saved(4, 8, 11))
+  assert not in_row.is_open
   for step, skipped in ((9, 3), (10, 4), (11, 4), (12, 5), (13, 6)):
     in_row.update(step, skipped)
+    assert in_row.is_open == (step != 11)
   with pytest.raises(UserError) as error:
     in_row.update(14, 7)
   text = str(error.value)
   assert text.startswith("stopped at step 14: from step 12 on")
   assert "the last good checkpoint is of step 8;" in text
-  in_row = skips.SkippedInRow(1, 0, lambda: None)
+  in_row = skips.SkippedInRow(1, 0, saved(4))
+  with pytest.raises(UserError, match="the only checkpoint, of step 4, has"):
+    in_row.update(5, 1)
+  in_row = skips.SkippedInRow(1, 0, saved())
   with pytest.raises(UserError, match="there is no checkpoint;"):
     in_row.update(1, 1)
-  in_row = skips.SkippedInRow(0, 0, lambda: None)
+  in_row = skips.SkippedInRow(0, 0, saved())
   for step in range(1, 100):
     in_row.update(step, step)

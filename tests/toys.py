@@ -6,6 +6,9 @@ scale is one, so that a term which is left out shows.
 
 import functools
 import inspect
+import os
+import pathlib
+import random
 import socket
 
 import jax
@@ -268,8 +271,32 @@ def assert_gradients_close(actual, expected, tolerance: float = 1e-5):
   jax.tree_util.tree_map_with_path(check, actual, expected)
 
 
+_drawn = set()
+
+
 def free_port() -> int:
-  """A port that nobody listens to."""
-  with socket.socket() as found:
-    found.bind(("", 0))
-    return found.getsockname()[1]
+  """A port that nobody listens to, nor will before it is used, in a while.
+
+  No connection is given it: it is below those that the system gives out. And
+  no other worker of pytest-xdist draws from the same.
+  """
+  file = pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range")
+  first = int(file.read_text().split()[0]) if file.exists() else 32768
+  end = first if first > 12_000 else 32768  # few are below: as elsewhere
+  worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+  workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+  ports = range(10_000 + worker, end, workers)
+  dual = socket.has_dualstack_ipv6()
+  family = socket.AF_INET6 if dual else socket.AF_INET
+  for port in random.SystemRandom().sample(ports, len(ports)):
+    if port in _drawn:
+      continue
+    try:
+      socket.create_server(
+        ("", port), family=family, dualstack_ipv6=dual
+      ).close()
+    except OSError:
+      continue
+    _drawn.add(port)
+    return port
+  raise OSError("no port is free")

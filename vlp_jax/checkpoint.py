@@ -15,14 +15,14 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from vlp_jax import checksums, quiet
+from vlp_jax import checksums, hosts, quiet
 from vlp_jax.errors import UserError
 
 # How TensorStore begins to tell of files that are not whole; there are others,
@@ -35,6 +35,7 @@ _CHECKSUMS = "checksums"  # in `meta`
 # Troubles with the disk that TensorStore, too, names in these words.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 _SHOWN = 5  # leaves that a message names
+_HINT = "; remove it to use another"
 
 
 class Checkpointer:
@@ -126,9 +127,10 @@ class Checkpointer:
       # their steps in two ways.
       self._manager.save(step, args=args, metrics=ranked, force=True)
 
-  def latest_step(self) -> int | None:
-    """Returns the last step that was saved, or None."""
-    return self._manager.latest_step()
+  def latest_step(self, before: float = math.inf) -> int | None:
+    """Returns the last step that was saved, of those before one, or None."""
+    steps = self._manager.all_steps()
+    return max((step for step in steps if step < before), default=None)
 
   def best_step(self) -> int | None:
     """Returns the kept step where `best_metric` is highest, or None."""
@@ -145,7 +147,8 @@ class Checkpointer:
     """Restores a whole state.
 
     Without `step`, a last checkpoint whose files are damaged is set aside
-    (renamed to `<step>.damaged`), and the one before is taken.
+    (renamed to `<step>.damaged`), and the one before is taken; of several hosts
+    each may see other damage, so they take it when they are started again.
 
     Args:
       abstract: `ShapeDtypeStruct`s with shardings, of any mesh, in the
@@ -156,6 +159,7 @@ class Checkpointer:
       The state, and `meta`.
 
     Raises:
+      StartAgainError: if one of several hosts has set a checkpoint aside.
       UserError: if there is none, if it is of another structure (naming the
         leaves), or if a step that was asked for is damaged.
     """
@@ -174,11 +178,16 @@ class Checkpointer:
           meta = _verified(path, abstract, restored.state, restored.meta)
         return restored.state, meta
       except _DamagedError as damage:
-        # Processes that disagree on which step to take would hang: they stop.
-        if step is not None or jax.process_count() > 1:
+        alone = not hosts.several()
+        if step is not None or not (alone or self._manager.all_steps()[1:]):
           raise
-        logging.getLogger(__name__).warning("%s; using the one before", damage)
-        path.rename(path.with_suffix(".damaged"))
+        text = str(damage).removesuffix(_HINT)
+        _set_aside(path)
+        if not alone:
+          raise hosts.StartAgainError(
+            f"{text}; set aside: the same command takes the one before"
+          ) from damage
+        logging.getLogger(__name__).warning("%s; using the one before", text)
         self._manager.reload()
 
   def restore_params(
@@ -290,9 +299,16 @@ class _DamagedError(UserError):
 
 
 def _damaged(path: pathlib.Path, reason: str) -> _DamagedError:
-  return _DamagedError(
-    f"checkpoint {path} is damaged ({reason}); remove it to use another"
-  )
+  return _DamagedError(f"checkpoint {path} is damaged ({reason}){_HINT}")
+
+
+def _set_aside(path: pathlib.Path) -> None:
+  """Renames a damaged checkpoint, to a name that none has had before."""
+  aside, number = path.with_suffix(".damaged"), 2
+  while aside.exists():
+    aside, number = path.with_suffix(f".damaged{number}"), number + 1
+  with suppress(FileNotFoundError):  # another host was first
+    path.rename(aside)
 
 
 @contextmanager

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from vlp_jax import hosts, libtpu
+from vlp_jax import hosts, libtpu, preemption, roll_call
 from vlp_jax.errors import UserError
 
-# What a launcher takes as "start me again" (sysexits.h: EX_TEMPFAIL).
-PREEMPTED = 75
-# Another host ended (EX_UNAVAILABLE): its status says whether to start again.
+PREEMPTED = preemption.STATUS
+# Another host ended, whose status says whether to start again, or did not come
+# in time (EX_UNAVAILABLE).
 LOST = 69
 
 
@@ -29,9 +29,9 @@ def execute(main: Callable[[Sequence[str]], None]) -> None:
   """Runs a command and exits.
 
   Status 0: done. 2: a mistake of the user's, told in one line on stderr. 75:
-  stopped by SIGTERM, saved, may be started again. 69: of several hosts another
-  has ended, or cannot be reached. Anything else is a bug and ends in a
-  traceback.
+  stopped by SIGTERM, and saved if there was anything to save, or by what it has
+  mended: may be started again. 69: of several hosts another has ended, or does
+  not come in time. Anything else is a bug and ends in a traceback.
 
   Args:
     main: called with the arguments, without the program's name.
@@ -43,17 +43,20 @@ def execute(main: Callable[[Sequence[str]], None]) -> None:
   except Preempted as stop:
     print(stop, file=sys.stderr)
     sys.exit(PREEMPTED)
+  except hosts.StartAgainError as error:
+    _end(str(error), PREEMPTED)
+  except roll_call.AbsentError as error:
+    _fail(str(error), LOST)
   except UserError as error:
     _fail(str(error))
   except PermissionError as error:
     _fail(f"no permission to write {error.filename}; choose another folder")
-  except OSError as error:
-    if error.errno != errno.ENOSPC:
-      raise
-    _fail(f"no space left on the disk ({error.filename}); free some and resume")
   except KeyboardInterrupt:
     _end("stopped; the same command resumes", 130)
   except Exception as error:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+      file = error.filename
+      _fail(f"no space left on the disk ({file}); free some and resume")
     if not hosts.several():
       raise
     if hosts.is_loss(error):

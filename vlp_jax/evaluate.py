@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
   if not flags["workdir"]:
     raise UserError("--workdir=DIR is missing; --help shows the usage")
   config = runs.read_config(flags["workdir"], overrides)
-  hosts.initialize()
+  hosts.initialize(saves=False)
   command.keep_compiled()
   run = runs.open_run(
     flags["workdir"],

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
       f"--format={flags['format']} is not one of {', '.join(FORMATS)}"
     )
   config = runs.read_config(flags["workdir"], overrides)
-  hosts.initialize()
+  hosts.initialize(saves=False)
   command.keep_compiled()
   run = runs.open_run(
     flags["workdir"],

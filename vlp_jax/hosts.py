@@ -38,6 +38,12 @@ _HEARTBEAT_SECONDS = 40
 # What the others get to end by themselves, before process 0 takes with it what
 # they talk through.
 _LAST_SECONDS = 3
+# How JAX tells that others of a cluster did not come in time: by the name of
+# the first that nobody knows yet, or by an address that does not answer.
+_ABSENT = (
+  *("Failed to recognize coordinator", "Retry failed with all attempts"),
+  *("DEADLINE_EXCEEDED", "UNAVAILABLE", "Timed out", "timed out"),
+)
 # How the loss of another host shows: in Gloo's, gRPC's and JAX's words.
 _LOST = (
   *("Gloo", "Connection reset", "Connection closed", "UNAVAILABLE"),
@@ -45,11 +51,23 @@ _LOST = (
 )
 
 
-def initialize(environ: Mapping[str, str] = os.environ) -> None:
+class StartAgainError(Exception):
+  """This process cannot go on, since others may not know what it has mended."""
+
+
+def initialize(
+  environ: Mapping[str, str] = os.environ, *, saves: bool = True
+) -> None:
   """Joins the other processes of the run; call it before JAX is used.
 
+  Args:
+    environ: of the process, see `arguments`.
+    saves: whether SIGTERM is for `Preemption` to note, as JAX has it for all
+      that have joined; else it ends the process, as it does a process alone.
+
   Raises:
-    UserError: if what was told is incomplete, or the others do not come.
+    AbsentError: if the others do not come in time, see `roll_call`.
+    UserError: if what was told is incomplete, or cannot be.
   """
   options = arguments(environ)
   if options is None:
@@ -62,6 +80,7 @@ def initialize(environ: Mapping[str, str] = os.environ) -> None:
       options["process_id"],
       _START_SECONDS,
     )
+  _leave_sigterm()  # Python's handlers would wait as long as JAX does
   try:
     jax.distributed.initialize(
       **options,
@@ -69,12 +88,25 @@ def initialize(environ: Mapping[str, str] = os.environ) -> None:
       heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
     )
   except (RuntimeError, ValueError, KeyError) as error:
+    late = isinstance(error, RuntimeError)
+    if late and any(word in str(error) for word in _ABSENT):
+      raise roll_call.AbsentError(
+        f"other processes of this cluster did not come in time ({error})"
+      ) from error
     raise UserError(
       f"the processes of this cluster could not be joined ({error}); tell them "
       f"of one another with {', '.join(EXPLICIT)}"
     ) from error
+  if not saves:
+    _leave_sigterm()
   if not is_first():  # what all would say, the first one says
     logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def _leave_sigterm() -> None:
+  """Has SIGTERM end this process, until somebody else handles it."""
+  if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _check_alone() -> None:

@@ -8,10 +8,11 @@
 
 from collections.abc import Sequence
 
-from vlp_jax import huge_pages
+from vlp_jax import huge_pages, preemption
 
-if __name__ == "__main__":
-  huge_pages.use()  # before anything is imported, which takes seconds
+if __name__ == "__main__":  # before anything is imported, which takes seconds
+  huge_pages.use()
+  preemption.end_on_sigterm()
 
 from vlp_jax import command, hosts, train
 from vlp_jax import config as config_lib

@@ -19,6 +19,14 @@ _PAUSE = 0.1  # seconds between attempts to connect
 _SILENCE = 2.0  # seconds in which a process says who it is
 
 
+class AbsentError(UserError):
+  """Others did not come in time; that may be no mistake: they may yet come.
+
+  Commands end with another status than after a mistake, so that whoever started
+  them starts them again.
+  """
+
+
 def meet(address: str, count: int, number: int, seconds: float) -> None:
   """Returns when all processes have called it.
 
@@ -29,8 +37,9 @@ def meet(address: str, count: int, number: int, seconds: float) -> None:
     seconds: to wait for the others.
 
   Raises:
-    UserError: if they do not come in time, if two have the same number or
-      were told different counts, or if the port is taken.
+    AbsentError: if they do not come in time.
+    UserError: if two have the same number or were told different counts, or if
+      the port is taken.
   """
   host, port = address.rsplit(":", 1)
   deadline = time.monotonic() + seconds
@@ -40,7 +49,7 @@ def meet(address: str, count: int, number: int, seconds: float) -> None:
     else:
       _report((host.strip("[]"), int(port)), count, number, deadline)
   except TimeoutError as error:
-    raise UserError(f"{error} within {seconds:.0f} s") from None
+    raise AbsentError(f"{error} within {seconds:.0f} s") from None
 
 
 def _receive_all(port: int, count: int, deadline: float) -> None:
@@ -123,7 +132,9 @@ def _report(
       continue
     if answer == _GO:
       return
-    raise UserError(answer or "process 0 gave up: see what it says")
+    if answer:
+      raise UserError(answer)
+    raise AbsentError("process 0 gave up: see what it says")
 
 
 def _left(deadline: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -105,15 +106,22 @@ class SkippedInRow:
   Args:
     limit: updates in a row that stop it; 0 lets it go on.
     skipped: updates that were skipped before.
-    saved: returns the step of the last checkpoint, if there is one. It is good
-      in any case: what was skipped has changed nothing.
+    saved: returns the last step before a number that has a checkpoint, if there
+      is one.
   """
 
-  def __init__(self, limit: int, skipped: int, saved: Callable[[], int | None]):
+  def __init__(
+    self, limit: int, skipped: int, saved: Callable[[float], int | None]
+  ):
     self._limit = limit
     self._skipped = skipped
     self._saved = saved
     self._first = None  # step of the first in a row
+
+  @property
+  def is_open(self) -> bool:
+    """Whether the last update that `update` was told of was skipped."""
+    return self._first is not None
 
   def update(self, step: int, skipped: float) -> None:
     """Looks at a finished step.
@@ -131,12 +139,19 @@ class SkippedInRow:
     self._skipped = skipped
     self._first = step if self._first is None else self._first
     if self._limit and step - self._first + 1 >= self._limit:
-      saved = self._saved()
-      good = f"the last good checkpoint is of step {saved}"
       raise UserError(
         f"stopped at step {step}: from step {self._first} on all gradients "
         "were not finite or over config.optimizer.max_spike; "
-        f"{'there is no checkpoint' if saved is None else good}; with another "
-        "--workdir, try a smaller config.optimizer.learning_rate, another "
-        "config.seed or other data"
+        f"{self._checkpoint(self._first)}; with another --workdir, try a "
+        "smaller config.optimizer.learning_rate, another config.seed or other "
+        "data"
       )
+
+  def _checkpoint(self, first: int) -> str:
+    """Says which checkpoint is from before the parameters of a first step."""
+    good, last = self._saved(first - 1), self._saved(math.inf)
+    if good is not None:
+      return f"the last good checkpoint is of step {good}"
+    if last is not None:
+      return f"the only checkpoint, of step {last}, has the same parameters"
+    return "there is no checkpoint"

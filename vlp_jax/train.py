@@ -106,7 +106,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
   else:
     state, meta = checkpoints.restore(abstract)
     check_fingerprint(meta["fingerprint"], fingerprint)
-    announce(method, state.params, streams, mesh, last, total_steps)
+    # Not `last`, which may be damaged.
+    announce(method, state.params, streams, mesh, int(state.step), total_steps)
     announce_attention(step_fns, state, streams, mesh)
   seconds = meta.get("seconds", 0.0)
   start = int(state.step)
@@ -143,7 +144,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     if step % config.log.every_steps == 0 or step == total_steps:
       bad = {k: v for k, v in latest.items() if k.endswith("/bad_records")}
       scalars = latest | hosts.total(bad, blocks)
-      scalars["train/learning_rate"] = float(schedule(step - 1))
+      # Of the last update that was not skipped: these move the schedule.
+      index = step - int(values["skipped"]) - 1
+      scalars["train/learning_rate"] = float(schedule(max(index, 0)))
       writer.write(step, scalars | progress.rates())
     in_row.update(step, values["skipped"])
 
@@ -158,6 +161,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
 
   results: dict[str, float] = {}
   compiled: set[int] = set()
+  owed = False  # a checkpoint
   with contextlib.ExitStack() as stack:
     preemption = stack.enter_context(hosts.Preemption())
     # However it ends, a save that is under way gets to the disk first.
@@ -180,12 +184,15 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
       pending = step, name, values | {"bad_records": batches.bad_records[name]}
       due = due_evaluators(config, evaluators, step, total_steps)
       stopping = preemption.reached(step - start) and step < total_steps
-      saving = stopping or is_due(
-        step, config.checkpoint.every_steps, total_steps
-      )
+      # In a row of skipped updates, a checkpoint would be one more of the same
+      # parameters, and push out those from before: it is made after the row.
+      owed |= is_due(step, config.checkpoint.every_steps, total_steps)
+      ending = stopping or step == total_steps
+      saving = ending or (owed and not in_row.is_open)
       if due or saving:
         log(pending)
         pending = None
+        saving = ending or (owed and not in_row.is_open)
       results = {}
       if due:
         with progress.pause("evaluating"):
@@ -194,6 +201,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
       if saving:
         with progress.pause("saving"):
           save(step, results)
+        owed = False
       if stopping:
         raise command.Preempted(
           f"preempted: saved step {step} in {workdir}; the same command resumes"

@@ -1,6 +1,8 @@
 """Small data sets: pictures with captions, as JSONL and as TFDS."""
 
+import itertools
 import json
+import os
 
 import pytest
 
@@ -27,7 +29,10 @@ def write_jsonl(tmp_path):
   """Writes rows (dicts, or raw lines) as a list, and returns its path.
 
   Pictures are made for rows whose `image` is missing: `images/<row>.png`.
+  Each writing is a second later than the one before, as if a user had done it:
+  clocks of file systems are coarse, and an index is kept by time and size.
   """
+  seconds = itertools.count(1_700_000_000)
 
   def write(rows, name="pairs.jsonl"):
     (tmp_path / "images").mkdir(exist_ok=True)
@@ -39,6 +44,8 @@ def write_jsonl(tmp_path):
       lines.append(row if isinstance(row, str) else json.dumps(row))
     path = tmp_path / name
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    now = next(seconds)
+    os.utime(path, (now, now))
     return path
 
   return write

@@ -26,11 +26,6 @@ from vlp_jax.data import tokenizer as tokenizer_lib
 from vlp_jax.errors import UserError
 
 
-@pytest.fixture(autouse=True)
-def _warn_again(monkeypatch):
-  monkeypatch.setattr(warn, "_seen", type(warn._seen)(set))
-
-
 @pytest.fixture
 def gifs(config, tmp_path):
   """Clips whose frame i is of the grey 6 i; clip c has 4 c + 4 frames."""

@@ -7,9 +7,11 @@ import io
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from unittest import mock
 
@@ -34,6 +36,17 @@ def _xla_flags() -> str:
   """Has XLA compile fast; the numbers of two runs stay comparable."""
   options = toys.compiler_options()
   return " ".join(f"--{k}={str(v).lower()}" for k, v in options.items())
+
+
+def wait_until_sigterm_is_caught(process: subprocess.Popen) -> None:
+  """Returns when Python and the command have begun; both take a moment."""
+  status = pathlib.Path(f"/proc/{process.pid}/status")
+  bit = 1 << signal.SIGTERM - 1
+  while process.poll() is None:
+    lines = dict(x.split(":\t", 1) for x in status.read_text().splitlines())
+    if int(lines["SigCgt"], 16) & bit:
+      return
+    time.sleep(0.002)
 
 
 def no_evaluations(config: str, but: Sequence[str] = ()) -> list[str]:
@@ -144,10 +157,16 @@ def flip_bit(checkpoint: pathlib.Path) -> None:
   path.write_bytes(data)
 
 
+def said(err: str) -> list[str]:
+  """Returns the lines of stderr, without what XLA says of cached programs."""
+  lines = (line for line in err.splitlines() if line.strip())
+  return [line for line in lines if "cpu_aot_loader" not in line]
+
+
 def assert_one_line(status: int, err: str, hint: str) -> None:
   """Asserts that a command ended as after a mistake of the user's."""
   assert status == 2, err
-  errors = [line for line in err.splitlines() if line.strip()]
+  errors = said(err)
   assert len(errors) == 1, err
   assert errors[0].startswith("error: ")
   assert hint in errors[0]

@@ -17,11 +17,8 @@ def _jsonl(tmp_path, *lines):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _scenes():
-  """So that no command has to say that it makes them."""
-  from vlp_jax.data.builders import scenes
-
-  scenes.ensure_built("scenes/debug")
+def _made(scenes):
+  """So that a command's one line is not the second."""
 
 
 def _cases():
@@ -57,6 +54,17 @@ def test_one_line_and_status_2(name, tmp_path):
   commands.assert_one_line(status, err, hint)
 
 
+def test_preempted_before_there_is_anything_to_save(tmp_path):
+  """As early as in the middle of its imports."""
+  workdir = tmp_path / "run"
+  process = commands.start("main", DEBUG, f"--workdir={workdir}", cwd=tmp_path)
+  commands.wait_until_sigterm_is_caught(process)
+  process.terminate()
+  _, err = process.communicate(timeout=600)
+  assert process.returncode == 75, err
+  assert err == "preempted with nothing to save; the same command resumes\n"
+
+
 def test_a_run_that_only_skips_updates_and_its_profile(tmp_path):
   """The learning rate throws the parameters out of range at once."""
   workdir = tmp_path / "run"
@@ -71,17 +79,59 @@ def test_a_run_that_only_skips_updates_and_its_profile(tmp_path):
     "--config.profile=2:3",
     cwd=tmp_path,
   )
-  assert err.startswith("WARNING:absl:evaluations left out")
-  error = err.partition("\n")[2]
+  warning, *rest = commands.said(err)
+  assert warning.startswith("WARNING:absl:evaluations left out")
+  error = "\n".join(rest)
   commands.assert_one_line(status, error, "at step 4: from step 2 on")
-  assert "the last good checkpoint is of step 2;" in error
+  # That of step 2 would have had what the first update has left.
+  assert "there is no checkpoint;" in error
+  assert not list((workdir / "checkpoints").iterdir())
   lines = commands.lines(workdir)
   assert [line["train/skipped"] for line in lines] == [0, 1, 2, 3]
-  names = {path.name for path in (workdir / "checkpoints").iterdir()}
-  assert names == {"2"}
+  # Skipped updates do not move the schedule, which still warms up.
+  assert len({line["train/learning_rate"] for line in lines}) == 1
   assert f"xprof --logdir={workdir / 'profile'}" in out
   (trace,) = workdir.glob("profile/plugins/profile/*/*.xplane.pb")
-  assert b"train" in trace.read_bytes()
+  assert _steps(trace) == {2, 3}
+
+
+def _steps(trace):
+  """Returns the numbers of the steps that a profile shows."""
+  from jax.profiler import ProfileData
+
+  return {
+    dict(event.stats)["step_num"]
+    for plane in ProfileData.from_file(str(trace)).planes
+    for line in plane.lines
+    for event in line.events
+    if event.name == "train"
+  }
+
+
+def test_no_checkpoint_is_made_in_a_row_of_skipped_updates(tmp_path):
+  """It would push out one from before; it is made after the row."""
+  workdir = tmp_path / "run"
+  status, _, err = commands.run(
+    "main",
+    "--config=configs/clip.py:debug",
+    f"--workdir={workdir}",
+    *commands.SMALL,
+    *commands.no_evaluations("configs/clip.py:debug"),
+    "--config.total_steps=12",
+    "--config.batch_size=4",
+    "--config.checkpoint.every_steps=1",
+    "--config.checkpoint.keep=12",
+    "--config.optimizer.max_spike=1.01",
+    cwd=tmp_path,
+  )
+  assert status == 0, err
+  counts = [0, *(line["train/skipped"] for line in commands.lines(workdir))]
+  skipped = {i for i in range(1, 13) if counts[i] > counts[i - 1]}
+  assert {i for i in range(2, 12) if not {i - 1, i} & skipped} and skipped
+  # Whether a step was skipped is known when the next one has been started.
+  saved = {i for i in range(1, 12) if not {i - 1, i} & skipped} | {12}
+  names = {path.name for path in (workdir / "checkpoints").iterdir()}
+  assert names == {str(step) for step in saved}
 
 
 def test_a_jsonl_that_is_broken_at_a_line(tmp_path):

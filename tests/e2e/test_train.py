@@ -171,9 +171,10 @@ def test_a_flipped_bit_costs_the_last_checkpoint_alone(unwatched, folder):
   shutil.copytree(unwatched, workdir)
   (workdir / "results.json").unlink()
   commands.flip_bit(workdir / "checkpoints" / f"{STEPS}")
-  status, _, err = commands.run("main", *_like_unwatched(workdir), cwd=folder)
+  status, out, err = commands.run("main", *_like_unwatched(workdir), cwd=folder)
   assert status == 0, err
   assert f"{workdir}/checkpoints/{STEPS} is damaged" in err
+  assert f"steps {STEPS - 3} to {STEPS}\n" in out
   _assert_equal_runs(workdir, unwatched)
 
 

@@ -8,7 +8,11 @@ import pytest
 from vlp_jax.losses import distillation, keywords, matching
 from vlp_jax.ops.rows import Rows
 
-RNG = np.random.default_rng(0)
+
+@pytest.fixture
+def rng():
+  """Draws the same numbers in every test, whatever ran before."""
+  return np.random.default_rng(0)
 
 
 def softmax(x, axis=-1):
@@ -16,15 +20,15 @@ def softmax(x, axis=-1):
   return e / e.sum(axis=axis, keepdims=True)
 
 
-def unit(*shape):
-  x = RNG.standard_normal(shape)
+def unit(rng, *shape):
+  x = rng.standard_normal(shape)
   return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
 
 @pytest.mark.parametrize("chunk", [0, 2])
 @pytest.mark.parametrize("alpha", [0.0, 0.4])
-def test_contrastive(alpha, chunk):
-  query, keys, teacher = unit(4, 6), unit(9, 6), unit(4, 6)
+def test_contrastive(alpha, chunk, rng):
+  query, keys, teacher = (unit(rng, n, 6) for n in (4, 9, 4))
   # Of one picture are queries 0 and 1, and a key of the queue.
   ids = np.array([3, 3, 1, 2, 8, 9, 7, 3, 6], np.int32)
   allowed = np.ones((4, 9), bool)
@@ -48,8 +52,8 @@ def test_contrastive(alpha, chunk):
     assert right[i] == (columns[p.argmax()] == i)
 
 
-def test_contrast_reaches_the_query_alone():
-  query, keys, teacher = unit(4, 6), unit(9, 6), unit(4, 6)
+def test_contrast_reaches_the_query_alone(rng):
+  query, keys, teacher = (unit(rng, n, 6) for n in (4, 9, 4))
 
   def loss(*arrays):
     args = jnp.float32(0.1), 0.4, jnp.arange(4), jnp.arange(9)
@@ -61,9 +65,9 @@ def test_contrast_reaches_the_query_alone():
 
 
 @pytest.mark.parametrize("axis", [-1, 1])
-def test_cross_entropy(axis):
-  logits, teacher = RNG.standard_normal((2, 2, 3, 7)).astype(np.float32)
-  labels = RNG.integers(0, 7, (2, 3))
+def test_cross_entropy(axis, rng):
+  logits, teacher = rng.standard_normal((2, 2, 3, 7)).astype(np.float32)
+  labels = rng.integers(0, 7, (2, 3))
   loss, right = distillation.cross_entropy(
     logits, labels, teacher, 0.3, axis=axis
   )
@@ -108,8 +112,8 @@ def test_admissible_negatives(same_image):
   np.testing.assert_array_equal(found, expected)
 
 
-def test_hard_negatives_without_noise_are_the_most_similar():
-  similarity = RNG.standard_normal((2, 3, 3)).astype(np.float32)
+def test_hard_negatives_without_noise_are_the_most_similar(rng):
+  similarity = rng.standard_normal((2, 3, 3)).astype(np.float32)
   admissible = np.broadcast_to(~np.eye(3, dtype=bool), (2, 3, 3))
   index, _ = matching.hard_negatives(
     similarity, admissible, np.zeros_like(similarity)
@@ -118,8 +122,8 @@ def test_hard_negatives_without_noise_are_the_most_similar():
   np.testing.assert_array_equal(index, expected)
 
 
-def test_match_loss():
-  logits = RNG.standard_normal((5, 2)).astype(np.float32)
+def test_match_loss(rng):
+  logits = rng.standard_normal((5, 2)).astype(np.float32)
   match = np.array([1, 0, 0, 1, 0])
   expected = -np.log(softmax(logits)[np.arange(5), match])
   np.testing.assert_allclose(
@@ -153,9 +157,9 @@ def test_choose_and_multi_hot():
   )
 
 
-def test_keyword_loss():
-  logits, teacher = RNG.standard_normal((2, 3, 8)).astype(np.float32)
-  labels = (RNG.random((3, 8)) < 0.3).astype(np.float32)
+def test_keyword_loss(rng):
+  logits, teacher = rng.standard_normal((2, 3, 8)).astype(np.float32)
+  labels = (rng.random((3, 8)) < 0.3).astype(np.float32)
 
   def bce(p, target):
     return -(target * np.log(p) + (1 - target) * np.log(1 - p)).mean(-1)

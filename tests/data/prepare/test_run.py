@@ -1,11 +1,9 @@
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
 import tarfile
-import time
 import tracemalloc
 
 import numpy as np
@@ -42,14 +40,13 @@ def files(folder):
   }
 
 
-def start(*args, **options):
+def start(*args):
   command = [sys.executable, "-m", "vlp_jax.data.prepare", *args]
   return subprocess.Popen(
     command,
     stderr=subprocess.PIPE,
     stdout=subprocess.PIPE,
     text=True,
-    **options,
   )
 
 
@@ -101,22 +98,36 @@ def test_records_are_in_the_order_that_tfds_itself_writes(tmp_path):
     assert read(ours[i]) == read(theirs[i])
 
 
+# Ends itself and its workers when two shards of `train` are complete.
+_DYING = """
+import os, signal
+from vlp_jax import command
+from vlp_jax.data.prepare import __main__, shards
+write_all = shards.write_all
+def dying(some, table, folder, schema, workers, on_progress):
+  def told(rows):
+    on_progress(rows)
+    if len(list(folder.glob("train-*.json"))) >= 2:
+      os.killpg(0, signal.SIGKILL)
+  return write_all(some, table, folder, schema, workers, told)
+shards.write_all = dying
+command.execute(__main__.main)
+"""
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_and_started_again_it_goes_on(workers, tmp_path):
   root = pictures(tmp_path / "source", 60, (200, 200))
   flags = [f"--source={root}", "--name=toy", SMALL, f"--num_workers={workers}"]
   flags.append(f"--data_dir={tmp_path / 'data'}")
   scratch = tmp_path / "data" / ".toy.preparing"
-  process = start(*flags, start_new_session=True)
-  while (
-    not list(scratch.glob("*.json")) or not (scratch / "plan.json").exists()
-  ):
-    assert process.poll() is None, process.stderr.read()
-    time.sleep(0.005)
-  while len(list(scratch.glob("train-*.json"))) < 2 and process.poll() is None:
-    time.sleep(0.002)
-  os.killpg(process.pid, signal.SIGKILL)
-  process.wait()
+  victim = subprocess.run(
+    [sys.executable, "-c", _DYING, *flags],
+    start_new_session=True,
+    capture_output=True,
+    text=True,
+  )
+  assert victim.returncode == -signal.SIGKILL, victim.stderr
   kept = {p: p.stat().st_mtime_ns for p in scratch.glob("train-*.json")}
   assert not (tmp_path / "data" / "toy").exists() and len(kept) >= 2
   # A shard that was cut off is not taken for a finished one.
