@@ -96,6 +96,6 @@ def _paper_recipe(config):
   config.total_epochs = 0.0
   config.total_steps = 500_000
   config.optimizer.update(
-    name="adafactor", learning_rate=8e-4, weight_decay=0.01, b1=0.9
+    name="adafactor", learning_rate=8e-4, weight_decay=0.01, b1=0.9, b2=0.999
   )
   config.schedule.update(name="linear", warmup_steps=10_000)

@@ -1,6 +1,7 @@
 """Optimizers against NumPy, decay by path, schedules, non-finite gradients."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -247,10 +248,11 @@ def test_lion_equals_numpy():
     np.testing.assert_allclose(by_name(got)[name], p, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("b1", [0.0, 0.8])
-def test_adafactor_equals_numpy(b1):
+@pytest.mark.parametrize("b1, most", [(0.0, 0.999), (0.8, 0.5)])
+def test_adafactor_equals_numpy(b1, most):
   config = make_config(
-    name="adafactor", learning_rate=0.1, b1=b1, weight_decay=0.2, grad_clip=0.0
+    **dict(name="adafactor", learning_rate=0.1, weight_decay=0.2),
+    **dict(b1=b1, b2=most, grad_clip=0.0),
   )
   rng = np.random.default_rng(0)
   shape = (40, 48)  # both sides are long enough for factors
@@ -260,7 +262,7 @@ def test_adafactor_equals_numpy(b1):
   p, rows, columns, m = values[0].astype(np.float64), 0, 0, 0
   for i, g in enumerate(values[1:]):
     g = g.astype(np.float64)
-    b2 = 1 - (i + 1) ** -0.8
+    b2 = min(1 - (i + 1) ** -0.8, most)  # 0, 0.43, 0.58
     rows = b2 * rows + (1 - b2) * (g**2 + 1e-30).mean(1)
     columns = b2 * columns + (1 - b2) * (g**2 + 1e-30).mean(0)
     step = g / np.sqrt(np.outer(rows, columns) / rows.mean())
@@ -270,6 +272,18 @@ def test_adafactor_equals_numpy(b1):
   np.testing.assert_allclose(got["up"]["kernel"], p, rtol=1e-4, atol=1e-5)
   second_moment = max(x.size for x in jax.tree.leaves(state) if x.ndim == 1)
   assert second_moment == 48
+
+
+def test_types_and_times_decay_in_the_reference_and_learn_at_its_rate():
+  config = config_lib.load("configs/scl.py:reference")
+  also = config.optimizer.decay_also
+  params = {"vision": {"temporal": 0.0}, "fusion": {"types": 0.0}}
+  params |= {"text": {"type": 0.0, "norm": {"bias": 0.0}}}
+  found = optim.decay_mask(params, also)
+  assert found["vision"]["temporal"] and found["fusion"]["types"]
+  assert found["text"] == {"type": True, "norm": {"bias": False}}
+  factors = json.loads(config.optimizer.multipliers)
+  assert factors["fusion"] == 5 and factors["fusion"] * factors["types"] == 1
 
 
 def test_adafactor_factors_no_layers():

@@ -54,6 +54,35 @@ def test_what_ends_too_late_says_nothing(hushed):
   assert "something else" in found.stderr
 
 
+@pytest.mark.parametrize("hushed", [False, True])
+def test_what_fails_beside_another_failure_says_nothing(hushed):
+  program = """
+import asyncio, sys
+from vlp_jax import quiet
+
+if sys.argv[1] == "hushed":
+  quiet.hush()
+source = "async def fail(what): raise ValueError(what)"
+places = {}
+for name in ("orbax/checkpoint/writing.py", "ours.py"):
+  exec(compile(source, f"/site-packages/{name}", "exec"), places)
+  async def leave():
+    asyncio.ensure_future(places["fail"](f"in {name}"))
+    await asyncio.sleep(0)
+  asyncio.run(leave())
+"""
+  argument = "hushed" if hushed else "loud"
+  found = subprocess.run(
+    [sys.executable, "-c", program, argument],
+    capture_output=True,
+    text=True,
+    check=True,
+    timeout=60,
+  )
+  assert ("in orbax" in found.stderr) == (not hushed)
+  assert "in ours" in found.stderr
+
+
 def test_orbax_s_log_is_dropped(caplog):
   quiet.hush()
   logger = logging.getLogger("absl")

@@ -91,7 +91,7 @@ def default_config() -> ConfigDict:
         best_metric="",  # keep the checkpoint where this is highest, too
       ),
       evals=dict(),
-      log=dict(every_steps=50),
+      log=dict(every_steps=50),  # 0 = only at the end
       # Steps to trace, counted from 1 when the process begins: "10:15".
       profile="",
     )

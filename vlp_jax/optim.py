@@ -29,7 +29,10 @@ Schedule = Callable[[Any], jax.Array]
 _DECAYED = ("kernel", "embedding")
 # What `optimizer.decay_also` adds, by the last component of a path.
 _DECAY_ALSO = {
-  "tokens": ("pos", "cls_pos", "cls", "mask_token", "query"),
+  "tokens": (
+    *("pos", "cls_pos", "temporal", "cls", "mask_token", "query"),
+    *("type", "types"),
+  ),
   "temperature": ("value", "logit_scale"),
 }
 # No matrices, however many layers' are stacked: Adafactor does not factor them.
@@ -186,8 +189,12 @@ def _adafactor(c: ConfigDict, shape: Schedule) -> optax.GradientTransformation:
   moment (here if b1 > 0), weight decay that is multiplied by the learning
   rate. `optax.adafactor` has neither the last nor, so, the same decay as the
   other optimizers. The second moment's decay is 1 - t^-0.8 (Shazeer & Stern
-  2018); b2 and eps are not used. Heads are small: factors from size 32 on.
+  2018), but at most b2; eps is not used. Heads are small: factors from size 32
+  on.
   """
+
+  def decay(step, exponent):
+    return jnp.minimum(1 - (step + 1.0) ** -exponent, c.b2)
 
   def labels(params):
     return _map_with_names(
@@ -195,8 +202,10 @@ def _adafactor(c: ConfigDict, shape: Schedule) -> optax.GradientTransformation:
     )
 
   second_moments = {
-    "matrix": optax.scale_by_factored_rms(min_dim_size_to_factor=32),
-    "vector": optax.scale_by_factored_rms(factored=False),
+    "matrix": optax.scale_by_factored_rms(
+      min_dim_size_to_factor=32, decay_rate_fn=decay
+    ),
+    "vector": optax.scale_by_factored_rms(factored=False, decay_rate_fn=decay),
   }
   momentum = optax.ema(c.b1, debias=False, accumulator_dtype=c.mu_dtype)
   return optax.chain(
@@ -272,8 +281,8 @@ def decay_mask(params: Any, also: Sequence[str] = ()) -> Any:
 
   Args:
     params: parameters.
-    also: beside matrices and token tables: "tokens", which are positions, class
-      and mask tokens and queries; "temperature".
+    also: beside matrices and token tables: "tokens", which are positions in
+      space and time, class and mask tokens, types and queries; "temperature".
   """
   names = {*_DECAYED, *(name for kind in also for name in _DECAY_ALSO[kind])}
   return _map_with_names(lambda path, _: path[-1] in names, params)

@@ -268,7 +268,8 @@ def two_streams_at_scale(config: ConfigDict) -> None:
     learning_rate=2e-5, weight_decay=0.01, b2=0.98, eps=1e-8, grad_clip=0.0
   )
   names = ("image_in", "text_in", "fusion", "words", "vocabulary", "matching")
-  config.optimizer.multipliers = json.dumps(dict.fromkeys(names, 5))
+  multipliers = dict.fromkeys(names, 5) | {"types": 1 / 5}  # once, in fusion
+  config.optimizer.multipliers = json.dumps(multipliers)
   config.schedule.update(name="linear", warmup_steps=10_000)
 
 

@@ -9,15 +9,21 @@ def hush() -> None:
   """Leaves it to whoever catches an error of a checkpoint to tell it, once.
 
   Orbax logs what it raises. Where one of many files cannot be written, it does
-  not wait for the others, and TensorStore prints a traceback for each that
-  ends later and finds nobody to tell.
+  not wait for the others, and asyncio or TensorStore prints a traceback for
+  each that ends later and finds nobody to tell.
   """
   logging.getLogger("absl").addFilter(_not_orbax)
+  logging.getLogger("asyncio").addFilter(_not_orbax_s_task)
   _hush_late_futures()
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
   return "orbax" not in record.pathname
+
+
+def _not_orbax_s_task(record: logging.LogRecord) -> bool:
+  text = record.getMessage()
+  return not ("exception was never retrieved" in text and "orbax" in text)
 
 
 @functools.cache

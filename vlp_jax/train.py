@@ -141,7 +141,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     values = {k: float(v) for k, v in jax.device_get(values).items()}
     progress.update(step, values["loss"])
     latest.update({f"{name}/{key}": value for key, value in values.items()})
-    if step % config.log.every_steps == 0 or step == total_steps:
+    if is_due(step, config.log.every_steps, total_steps):
       bad = {k: v for k, v in latest.items() if k.endswith("/bad_records")}
       scalars = latest | hosts.total(bad, blocks)
       # Of the last update that was not skipped: these move the schedule.
@@ -195,8 +195,13 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
         saving = ending or (owed and not in_row.is_open)
       results = {}
       if due:
-        with progress.pause("evaluating"):
-          results = evaluate(due, config, state.params, state.ema_params)
+        try:
+          with progress.pause("evaluating"):
+            results = evaluate(due, config, state.params, state.ema_params)
+        except Exception:
+          if step == total_steps and not hosts.several():
+            save(step)  # the same command only evaluates, then
+          raise
         writer.write(step, results)
       if saving:
         with progress.pause("saving"):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -132,6 +134,42 @@ def test_no_checkpoint_is_made_in_a_row_of_skipped_updates(tmp_path):
   saved = {i for i in range(1, 12) if not {i - 1, i} & skipped} | {12}
   names = {path.name for path in (workdir / "checkpoints").iterdir()}
   assert names == {str(step) for step in saved}
+
+
+_FAILING = """
+from vlp_jax import command, main, train
+
+def fail(*_):
+  raise RuntimeError("cannot evaluate")
+
+train.evaluate = fail
+command.execute(main.main)
+"""
+
+
+def test_an_evaluation_that_fails_at_the_end_loses_no_training(tmp_path):
+  flags = [
+    "--config=configs/clip.py:debug",
+    f"--workdir={tmp_path / 'run'}",
+    *commands.SMALL,
+    "--config.total_steps=3",
+    "--config.checkpoint.every_steps=0",
+    "--config.log.every_steps=0",
+  ]
+  failed = subprocess.run(
+    [sys.executable, "-c", _FAILING, *flags],
+    cwd=tmp_path,
+    env=commands.environ(),
+    capture_output=True,
+    text=True,
+  )
+  assert failed.returncode == 1 and "cannot evaluate" in failed.stderr
+  status, out, err = commands.run("main", *flags, cwd=tmp_path)
+  assert status == 0, err
+  assert "already trained for 3 steps: evaluating" in out
+  (line,) = commands.lines(tmp_path / "run")
+  assert line["step"] == 3 and "train/loss" in line
+  assert commands.results(tmp_path / "run")["step"] == 3
 
 
 def test_a_jsonl_that_is_broken_at_a_line(tmp_path):

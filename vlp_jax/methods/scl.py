@@ -16,7 +16,7 @@ Map from the paper to code (the names are the release's):
   MLTC    GLSCL's completion of single tokens           `_token_term`
 
 The release differs from what is right, in places. Each is a field;
-`configs/scl.py:reference` sets them all:
+`configs/scl.py:reference` sets these:
 
   field                   release      default  what it says
   contrastive_grad_scale  1 / 8        1        its gather divides gradients of
@@ -31,8 +31,8 @@ The release differs from what is right, in places. Each is a field;
   optimizer.decay_also    tokens,      (none)   what decays beside matrices
                           temperature
 
-Features are compared by their direction over channels. (For videos the release
-normalises over frames, which bounds no similarity.)
+Not reproduced: of 4,096 pairs 128 are contrasted at a time; its CLIP's layer
+norms decay; of videos, features are normalised over frames, not channels.
 """
 
 import dataclasses

@@ -35,6 +35,7 @@ a field; `configs/simla.py:reference` sets them all:
    .decay_also       temperature            are positions and [CLS], too
   schedule.stairs    30         0           the rate falls once an epoch
 
+Not reproduced: each of its GPUs contrasts its own 64 pairs; here it is all 512.
 The tokenizer of patches always sees the student's own crop (in the release
 another one, drawn by itself, so that codes and patches do not match), and
 captions have no end symbol, as in the release.

@@ -283,11 +283,8 @@ def relevance(
   Returns:
     float32 `[B, N]`, without gradient.
   """
-  similarity = jnp.einsum(
-    "bne,ble->bnl",
-    jax.lax.stop_gradient(patches),
-    jax.lax.stop_gradient(tokens),
-    preferred_element_type=jnp.float32,
+  similarity = contrastive.similarity(
+    jax.lax.stop_gradient(patches), jax.lax.stop_gradient(tokens)
   )
   counts = masks.valid(text_len, tokens.shape[1])
   counts &= jnp.arange(tokens.shape[1]) > 0

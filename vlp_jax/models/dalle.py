@@ -86,8 +86,13 @@ class DalleEncoder(nn.Module):
       for block in range(self.blocks):
         name = f"group_{group + 1}_block_{block + 1}"
         x = DalleBlock(self.width * 2**group, self.dtype, name=name)(x)
-    return _conv(self.vocab_size, 1, jnp.float32, "output")(nn.relu(x))
+    output = _conv(self.vocab_size, 1, jnp.float32, "output", "highest")
+    return output(nn.relu(x))
 
 
-def _conv(width: int, size: int, dtype: Any, name: str) -> nn.Conv:
-  return nn.Conv(width, (size, size), dtype=dtype, name=name)
+def _conv(
+  width: int, size: int, dtype: Any, name: str, precision: str | None = None
+) -> nn.Conv:
+  return nn.Conv(
+    width, (size, size), dtype=dtype, precision=precision, name=name
+  )

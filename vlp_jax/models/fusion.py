@@ -92,7 +92,7 @@ class FusionEncoder(nn.Module):
   def word_logits(self, tokens: jax.Array) -> jax.Array:
     """Logits of hidden words: `[..., D]` to float32 `[..., V]`."""
     x, bias = self.words(tokens)
-    return self.stream.token_logits(x).astype(jnp.float32) + bias
+    return self.stream.token_logits(x) + bias
 
   def divisor(self) -> jax.Array:
     """The temperature, a scalar."""

@@ -13,7 +13,7 @@ from flax import linen as nn
 from vlp_jax.models.attention import KeysValues
 from vlp_jax.models.text import BertEmbeddings
 from vlp_jax.models.transformer import Transformer, layer_norm
-from vlp_jax.ops import masks
+from vlp_jax.ops import linear, masks
 
 
 class Stream(nn.Module):
@@ -140,8 +140,11 @@ class SingleStream(BertEmbeddings):
     return self.transformer(self._place(patches), None, x, mask)
 
   def token_logits(self, x: jax.Array) -> jax.Array:
-    """Products `[..., V]` of vectors `[..., D]` with the word embeddings."""
-    return self.embedding.attend(x)
+    """Maps `[..., D]` to float32 `[..., V]`: products with word embeddings."""
+    table = self.embedding.embedding.astype(self.dtype)
+    return linear.matmul(
+      x.astype(self.dtype), table.T, preferred_element_type=jnp.float32
+    )
 
   def _place(self, x: jax.Array) -> jax.Array:
     return self.drop(self.norm(x + self.pos[: x.shape[1]].astype(x.dtype)))

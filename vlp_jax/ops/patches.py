@@ -123,6 +123,7 @@ def resize_positions(
   if old == new:
     return positions
   table = positions.reshape(*old, -1)
-  table = jnp.einsum("ri,ijd->rjd", _bicubic(old[0], new[0]), table)
-  table = jnp.einsum("cj,rjd->rcd", _bicubic(old[1], new[1]), table)
+  rows, columns = (_bicubic(a, b) for a, b in zip(old, new, strict=True))
+  for weights, axes in ((rows, "ri,ijd->rjd"), (columns, "cj,rjd->rcd")):
+    table = jnp.einsum(axes, weights, table, precision="highest")
   return table.reshape(new[0] * new[1], -1)
