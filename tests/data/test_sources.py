@@ -48,6 +48,12 @@ def test_jsonl_records(config, write_jsonl):
   assert [r["image_id"] for r in test] == [3]  # unique across splits
 
 
+def test_jsonl_null_is_no_label(config, write_jsonl):
+  row = {"caption": "c", "split": "train", "label": None, "category": "cat"}
+  (record,) = open_jsonl(config, write_jsonl([row]))
+  assert record["category"] == "cat" and "label" not in record
+
+
 def test_jsonl_folder_in_the_layout_of_imagefolder(
   config, write_jsonl, tmp_path
 ):
@@ -108,6 +114,23 @@ def test_jsonl_rows_without_a_split_are_shared_out(config, write_jsonl):
     assert again == {c for c in captions if int(c) >= 1000}
   # And the same on every machine, for ever.
   assert sorted(members["test"], key=int)[:3] == ["2", "15", "52"]
+
+
+def test_jsonl_captions_with_ids_leave_a_picture_in_one_split(
+  config, write_jsonl, tmp_path
+):
+  write_jsonl([{"caption": "c"}] * 100)  # makes the pictures
+  rows = [
+    {"image": f"images/{i % 100}.png", "caption": f"{i}", "image_id": i}
+    for i in range(500)
+  ]
+  path = write_jsonl(rows)
+  lengths = [
+    len(record["captions"])
+    for split in ("train", "validation", "test")
+    for record in open_jsonl(config, path, split)
+  ]
+  assert lengths == [5] * 100
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "dev", "validation"])
@@ -513,6 +536,27 @@ def test_annotated_records(toy_dir, monkeypatch):
   assert source.pair(3)["captions"][1] == "number 3"
   copy = pickle.loads(pickle.dumps(source))
   assert copy[3] == {"objects": [1]}
+
+
+@pytest.mark.parametrize("damage", [b"\xff", RuntimeError("bad\nchunk")])
+def test_damaged_records_are_named(toy_dir, monkeypatch, damage):
+  class Raw:
+    def __getitem__(self, index):
+      if isinstance(damage, Exception):
+        raise damage
+      return damage
+
+  builder = tfds.builder_from_directory(toy_dir / "toy" / "1.0.0")
+  for to_record in ("", "annotating"):
+    source = sources.TfdsSource(builder, "train", to_record=to_record)
+    monkeypatch.setitem(source.__dict__, "_raw", Raw())
+    for read in (source.pair, source.__getitem__):
+      with pytest.raises(sources.UnreadableRecord) as error:
+        read(3)
+      message = str(error.value)
+      assert message.startswith("toy/1.0.0:train[3]: record cannot be read (")
+      assert "\n" not in message
+      assert str(pickle.loads(pickle.dumps(error.value))) == message
 
 
 @pytest.mark.parametrize("name", ["scenes", "scenes/px64", "scenes:1.0.0"])

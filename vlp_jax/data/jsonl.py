@@ -179,7 +179,7 @@ def parse(line: bytes) -> Row:
     refused=refused,
     split=splits_lib.canonical(split or ""),
     image_id=image_id,
-    extra={k: row[k] for k in _KEPT if k in row},
+    extra={k: row[k] for k in _KEPT if row.get(k) is not None},
   )
 
 
@@ -236,10 +236,7 @@ def _read_index(path: pathlib.Path, mtime_ns: int, size: int) -> Index:
       length.append(len(line))
       hashes.append(picture)
       ids.append(_int32_or_none(row.image_id))
-      named = row.image_id is not None
-      split = row.split or splits_lib.draw(
-        splits_lib.hash64(str(row.image_id)) if named else picture
-      )
+      split = row.split or splits_lib.draw(picture)
       code.append(splits.setdefault(split, len(splits)))
   if not offset:
     raise UserError(f"{path}{_nothing_left(path, skipped)}")

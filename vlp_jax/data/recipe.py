@@ -111,7 +111,7 @@ class Recipe:
     try:
       return self.source.pair(index)
     except UnreadableRecord as e:
-      self._skip(index, str(e))
+      self._skip(index, e.reason)
       return None
 
   def _usable(

@@ -40,6 +40,23 @@ Record = dict[str, Any]
 class UnreadableRecord(UserError):
   """A record whose bytes on disk are damaged."""
 
+  def __init__(self, record: str, reason: object):
+    """Makes the error.
+
+    Args:
+      record: what messages call it.
+      reason: what the reader says.
+    """
+    super().__init__(record, " ".join(str(reason).split())[:200])
+
+  def __str__(self) -> str:
+    return f"{self.args[0]}: {self.reason}"
+
+  @property
+  def reason(self) -> str:
+    """What is wrong, without the record's name."""
+    return f"record cannot be read ({self.args[1]})"
+
 
 class Source:
   """Records of one split.
@@ -101,7 +118,7 @@ class Source:
       try:
         yield from self.pair(index)["captions"]
       except UnreadableRecord as e:
-        warn_skipped(self.name, self.describe(index), str(e))
+        warn_skipped(self.name, self.describe(index), e.reason)
 
   def order(self, seed: int) -> grain.MapDataset:
     """Returns indices of records for training, endless and random-access.
@@ -283,10 +300,13 @@ class TfdsSource(Source):
   def __getitem__(self, index: int) -> Record:
     if not self._to_record:
       return self.pair(index)
-    example = self._builder.info.features.deserialize_example_np(
-      self._bytes(index),
-      decoders={self._fields.image: tfds_fields.SkipDecoding()},
-    )
+    data = self._bytes(index)
+    try:
+      example = self._builder.info.features.deserialize_example_np(
+        data, decoders={self._fields.image: tfds_fields.SkipDecoding()}
+      )
+    except DecodeError as e:
+      raise UnreadableRecord(self.describe(index), e) from e
     return self._record_fn(example)
 
   def pair(self, index: int) -> Record:
@@ -294,14 +314,13 @@ class TfdsSource(Source):
     try:
       return self._fields.read(self._bytes(index), self._first_id + index)
     except DecodeError as e:
-      raise UnreadableRecord(f"record cannot be read ({e})") from e
+      raise UnreadableRecord(self.describe(index), e) from e
 
   def _bytes(self, index: int) -> bytes:
     try:
       return self._raw[index]
     except (RuntimeError, OSError) as e:  # as the reader raises
-      reason = " ".join(str(e).split())[:200]
-      raise UnreadableRecord(f"record cannot be read ({reason})") from e
+      raise UnreadableRecord(self.describe(index), e) from e
 
 
 def open_source(data: ConfigDict, split: str) -> Source:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
+
+from vlp_jax.errors import UserError
 
 # Where neither the source nor the user says anything.
 SHARES = (("train", 0.9), ("validation", 0.05), ("test", 0.05))
@@ -13,6 +16,24 @@ _ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
 def canonical(name: str) -> str:
   """Returns the name that a split goes by: `val` is `validation`."""
   return _ALIASES.get(name, name)
+
+
+def checked(name: str, where: str) -> str:
+  """Returns the name that a split of a TFDS data set goes by.
+
+  Args:
+    name: as it is given, or "" for none.
+    where: that is.
+
+  Raises:
+    UserError: if TFDS could not read a split of this name.
+  """
+  if name and not re.fullmatch(r"[\w-]+", name):
+    raise UserError(
+      f"{where}: split {name!r}: a split's name is made of letters, digits, _ "
+      "and -"
+    )
+  return canonical(name)
 
 
 def hash64(text: str) -> int:

@@ -23,6 +23,7 @@ _ID_PATHS = ("image_id", "image/id", "id")
 # What features with the bytes of a clip's file are called.
 _FILE_NAMES = ("video", "clip")
 _LABEL_PATHS = ("label", "category", "refs")
+_NO_LABEL = ("", -1)  # as they are stored where a record has none
 
 
 class SkipDecoding(tfds.decode.SkipDecoding):
@@ -41,7 +42,7 @@ class Fields:
     image: of the encoded picture, or of a clip: its file, or its frames.
     caption: of the caption or captions.
     image_id: of an integer, or "" if there is none.
-    labels: of scalar annotations that are kept.
+    labels: of scalar annotations that are kept where a record has them.
     has_frames: whether `image` is the frames of a clip.
   """
 
@@ -70,11 +71,13 @@ class Fields:
     }
     for path in self.labels:
       texts = values[path].bytes_list.value
-      record[path] = (
+      label = (
         texts[0].decode("utf-8", "replace")
         if texts
         else int(values[path].int64_list.value[0])
       )
+      if label not in _NO_LABEL:
+        record[path] = label
     return record
 
 

@@ -48,6 +48,11 @@ def test_too_many_bad_ones(tmp_path):
   with pytest.raises(UserError, match="empty file: 1"):
     toy.prepare(root, tmp_path / "data", "--beam_options=runner=DirectRunner")
   assert not list((tmp_path / "data" / "toy").glob("*"))
+  (root / "b.png").unlink()  # the same command looks at the folder again
+  folder = toy.prepare(
+    root, tmp_path / "data", "--beam_options=runner=DirectRunner"
+  )
+  assert set(toy.records(folder)) == {"a.png", "c.png"}
 
 
 def test_unfit_options(tmp_path):

@@ -156,6 +156,58 @@ def test_other_options_or_a_changed_list_start_anew(tmp_path):
   assert list(toy.records(folder)) == ["images/a.png"]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_mended_is_looked_at_again(workers, tmp_path):
+  root = pictures(tmp_path / "source", 40)
+  good = (root / "0003.png").read_bytes()
+  (root / "0003.png").write_bytes(b"")
+  (root / "0004.png").write_bytes(b"")
+  args = (root, tmp_path / "data", SMALL, f"--num_workers={workers}")
+  scratch = tmp_path / "data" / ".toy.preparing"
+  with pytest.raises(UserError, match="empty file"):
+    toy.prepare(*args, "--max_bad=0")
+  kept = [json.loads(p.read_text()) for p in scratch.glob("train-*.json")]
+  assert not any(note["tally"]["skipped"] for note in kept)
+  assert len(kept) == len([*scratch.glob("train-*.array_record")])
+  (root / "0003.png").write_bytes(good)
+  (root / "0004.png").unlink()
+  (root / "0004.txt").unlink()
+  folder = toy.prepare(*args, "--max_bad=0")
+  assert files(folder) == files(
+    toy.prepare(root, tmp_path / "whole", SMALL, "--max_bad=0")
+  )
+
+
+def test_captions_that_are_mended_are_read_again(tmp_path):
+  root = pictures(tmp_path / "source", 10)
+  (root / "0003.txt").write_text("")
+  with pytest.raises(UserError, match="empty caption: 1"):
+    toy.prepare(root, tmp_path / "data")
+  (root / "0003.txt").write_text("mended")
+  records = toy.records(toy.prepare(root, tmp_path / "data"))
+  assert records["0003.png"]["captions"] == ["mended"] and len(records) == 10
+
+
+def test_pictures_of_a_list_that_are_mended(tmp_path):
+  path = toy.jsonl(tmp_path / "source")
+  (path.parent / "images" / "b.png").write_bytes(b"")
+  with pytest.raises(UserError, match="empty file: 1"):
+    toy.prepare(path, tmp_path / "data")
+  (path.parent / "images" / "b.png").write_bytes(png("lime"))
+  assert len(toy.records(toy.prepare(path, tmp_path / "data"))) == 3
+
+
+def test_a_shard_of_other_entries_is_made_anew(tmp_path):
+  """Even if it has as many of them, and begins with the same one."""
+  tables = []
+  for number, caption in enumerate(("one", "two")):
+    path = tmp_path / f"{number}.sqlite"
+    Table.write(path, [entry("x", captions=[caption])], (("train", 1.0),))
+    with Table(path) as table:
+      tables.append(table.shards(rows=8, most=1))
+  assert tables[0] != tables[1]
+
+
 def test_a_data_set_is_replaced_on_request_only(tmp_path):
   source = toy.jsonl(tmp_path / "source")
   toy.prepare(source, tmp_path / "data")
@@ -264,7 +316,9 @@ def test_memory_does_not_grow_with_the_source(tmp_path, kind):
     write = {"jsonl": write_list, "tar": write_tar}[kind]
     write(path, rows)
     tracemalloc.start()
-    toy.prepare(path, tmp_path / str(rows), "--num_workers=1")
+    flags = ["--num_workers=1"]
+    flags += ["--id_column=image_id"] if kind == "jsonl" else []
+    toy.prepare(path, tmp_path / str(rows), *flags)
     peaks.append(tracemalloc.get_traced_memory()[1])
     tracemalloc.stop()
   assert peaks[1] - peaks[0] < 2**20  # of 4 MB more captions

@@ -1,4 +1,5 @@
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -33,6 +34,23 @@ def test_commands_read_what_was_prepared(tmp_path, monkeypatch):
   source = sources.open_source(data, "train")
   assert sorted(source.captions()) == sorted(toy.CAPTIONS.values())
   assert source[0]["image"] in [png(color) for color in toy.COLORS.values()]
+
+
+@pytest.mark.parametrize("labels", [("cat", "dog"), (0, 1)])
+def test_records_without_a_label_have_none(labels, tmp_path, monkeypatch):
+  path = toy.jsonl(tmp_path / "source")
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  for row, label in zip(rows, (*labels, None), strict=True):
+    row |= {"label": label, "category": "c"}
+  path.write_text("\n".join(map(json.dumps, rows)))
+  toy.prepare(path, tmp_path / "data", "--keep=label,category")
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
+  data = config_lib.default_config().data
+  data.name = "toy"
+  found = {r["captions"][0]: r for r in sources.open_source(data, "train")}
+  a, b, c = (found[caption] for caption in toy.CAPTIONS.values())
+  assert (a["label"], b["label"]) == labels
+  assert "label" not in c and c["category"] == "c"
 
 
 def test_a_list_with_a_name_of_its_own_in_a_folder_is_pointed_at(tmp_path):
@@ -81,6 +99,23 @@ def test_rows_of_one_picture_are_one_record(tmp_path):
   assert (report["read"], report["written"], report["merged"]) == (3, 2, 1)
 
 
+@pytest.mark.parametrize("name", ["id", "key", "image_id"])
+def test_rows_of_one_picture_with_ids_of_their_own(name, tmp_path):
+  rows = [
+    {name: number, "image": f"{number % 40}.png", "caption": f"c {number}"}
+    for number in range(200)
+  ]
+  for number in range(40):
+    (tmp_path / f"{number}.png").write_bytes(png((number, 0, 0)))
+  path = tmp_path / "pairs.jsonl"
+  path.write_text("\n".join(map(json.dumps, rows)))
+  folder = toy.prepare(path, tmp_path / "data", split="train:0.5,test:0.5")
+  train, test = (toy.records(folder, split) for split in ("train", "test"))
+  assert train and test and not set(train) & set(test)
+  assert {*train, *test} == {f"{number}.png" for number in range(40)}
+  assert all(len(r["captions"]) == 5 for r in {**train, **test}.values())
+
+
 def test_a_csv_cell_may_hold_a_list(tmp_path):
   (tmp_path / "x.png").write_bytes(png("red"))
   path = tmp_path / "pairs.csv"
@@ -110,6 +145,26 @@ def test_splits_from_separate_sources(tmp_path):
   folder = toy.prepare(f"train={a},val={b}", tmp_path / "data", split="")
   assert set(toy.records(folder, "train")) == {"a", "b", "c"}
   assert set(toy.records(folder, "validation")) == {"a.png", "b.png", "c.png"}
+
+
+@pytest.mark.parametrize("split", ["2014/train", "train set", "v1.0"])
+def test_splits_that_tfds_could_not_read(split, tmp_path):
+  path = toy.jsonl(tmp_path / "s")
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  rows[1]["split"] = split
+  path.write_text("\n".join(map(json.dumps, rows)))
+  message = f"{path}:2 images/b.png: split {split!r}: a split's name is made of"
+  with pytest.raises(UserError, match=message):
+    toy.prepare(path, tmp_path / "data", split="")
+  with tarfile.open(tmp_path / "t.tar", "w") as tar:
+    toy.add(tar, "a.png", png("red"))
+    toy.add(
+      tar, "a.json", json.dumps({"caption": "a", "split": split}).encode()
+    )
+  with pytest.raises(UserError, match=f"t.tar/a: split {split!r}: "):
+    toy.prepare(tmp_path / "t.tar", tmp_path / "data", split="")
+  with pytest.raises(UserError, match=f"--splits: split {split!r}: "):
+    toy.prepare(path, tmp_path / "data", split=f"{split}:1")
 
 
 def test_drawn_splits_stay_when_rows_are_added(tmp_path):

@@ -14,7 +14,8 @@ and `image_id`, which every command then reads as `--config.data.name=NAME`.
                          train:0.9,validation:0.05,test:0.05, drawn by a hash of
                          the image's id
   --image_column=NAME    and --caption_column, --id_column: where they are not
-                         found by their usual names
+                         found by their usual names; pictures in files go by
+                         their paths unless --id_column is given
   --keep=A,B             other columns to keep
   --image_size=N         reduce larger pictures to a shorter side of N pixels
   --num_frames=N         the source holds clips (.mp4, .webm, .gif, ..., or

@@ -42,7 +42,9 @@ class Columns:
   Attributes:
     image: of the picture: a path relative to the list, or its bytes.
     caption: of the caption or captions.
-    image_id: of a name that is unique among pictures.
+    image_id: of a name that is unique among pictures. A guess names pictures
+      that stand in the list; others go by their paths, since such a column
+      may name captions.
     split: of the split; "-" for none.
     keep: others to keep.
     clips: whether a picture is a clip: its file, or a folder of frames.
@@ -106,9 +108,11 @@ def scan(
     spill: keeps pictures that stand in the list itself.
 
   Raises:
-    UserError: if a line is broken, a column missing, or pictures are URLs.
+    UserError: if a line is broken, a column missing, a split's name not
+      possible, or pictures are URLs.
   """
   names, rows = _READERS[path.suffix.lower()](path, columns)
+  asked_id = columns.image_id
   columns = columns.found(path, names)
   folder = str(path.parent)
   for number, (name, row) in enumerate(rows):
@@ -128,12 +132,13 @@ def scan(
       else:
         image_id, name = picture, f"{name} {picture}"
         place = entries.Place(picture, folder)
-      given = row.get(columns.image_id) if columns.image_id else None
+      by = columns.image_id if isinstance(picture, bytes) else asked_id
+      given = row.get(by) if by else None
       split = row.get(columns.split) if columns.split else None
       yield entries.Entry(
         name=name,
         image_id=entries.text_id(image_id if given in (None, "") else given),
-        split=splits.canonical(str(split or "").strip()),
+        split=splits.checked(str(split or "").strip(), f"{folder}/{name}"),
         place=place,
         captions=entries.clean_captions(
           _listed(row.get(columns.caption)), name, tally

@@ -62,10 +62,14 @@ class Progress:
     print(f"{lead}{text}", end=end, file=sys.stderr, flush=True)
 
 
+class TooMuchSkipped(UserError):
+  """More of a source cannot be used than the user allows."""
+
+
 def check(tally: Tally, max_bad: float) -> None:
-  """Raises a `UserError` if too much of the source has been skipped."""
+  """Raises `TooMuchSkipped` if it is."""
   if tally.num_skipped > max_bad * tally.read:
-    raise UserError(
+    raise TooMuchSkipped(
       f"{tally.num_skipped:,} of {tally.read:,} pictures so far have to be "
       f"skipped, more than --max_bad={max_bad:.4g}: {_leading(tally)}; mend "
       "them, or allow more with --max_bad=10%; what is finished is kept"

@@ -104,13 +104,13 @@ class Options:
     """Reads `--splits=train:0.9,test:0.1`.
 
     Raises:
-      UserError: if the shares do not add up to 1.
+      UserError: if the shares do not add up to 1, or a name is not possible.
     """
     if ":" not in self.splits:
       return splits.SHARES
     try:
       pairs = [part.split(":") for part in self.splits.split(",")]
-      shares = {splits.canonical(k): float(v) for k, v in pairs}
+      shares = {splits.checked(k, "--splits"): float(v) for k, v in pairs}
     except ValueError:
       shares = {}
     if not shares or abs(sum(shares.values()) - 1) > 1e-6:
@@ -152,8 +152,14 @@ def prepare(options: Options, write: Write | None = None) -> None:
   with _locked(scratch):
     _forget_others(scratch, _fingerprint(options, parts))
     plan = _read_plan(scratch) or _list(options, parts, scratch)
-    report.check(plan.tally, options.max_bad)
-    total = (write or write_here)(options, plan, scratch)
+    try:
+      report.check(plan.tally, options.max_bad)
+      total = (write or write_here)(options, plan, scratch)
+    except report.TooMuchSkipped:  # what is mended is looked at again
+      shards.forget_skipping(plan.shards, scratch)
+      if any(part.path.is_dir() for part in parts):
+        (scratch / "plan.json").unlink()
+      raise
     shutil.rmtree(scratch)
   report.show(options, final, total)
 
@@ -161,10 +167,11 @@ def prepare(options: Options, write: Write | None = None) -> None:
 def write_here(options: Options, plan: Plan, scratch: pathlib.Path) -> Tally:
   """Makes the data set with this machine's processes."""
   total, written = plan.tally.copy(), []
-  for shard in _write(options, plan, scratch):
-    total.add(shard.tally)
-    report.check(total, options.max_bad)
-    written.append(shard)
+  with contextlib.closing(_write(options, plan, scratch)) as finished:
+    for shard in finished:
+      total.add(shard.tally)
+      report.check(total, options.max_bad)
+      written.append(shard)
   complete = scratch / "complete"
   describe(options, plan, written, complete)
   report.write(complete / report.NAME, options, total)

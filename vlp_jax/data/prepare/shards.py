@@ -177,6 +177,15 @@ def _write_note(folder: pathlib.Path, written: Written) -> None:
   partial.rename(path)
 
 
+def forget_skipping(shards: Sequence[Shard], folder: pathlib.Path) -> None:
+  """Removes the finished shards that lack some of their entries."""
+  for shard in shards:
+    written = _read_note(folder, shard)
+    if written is not None and written.tally.num_skipped:
+      written.path.with_suffix(".json").unlink()
+      written.path.unlink()
+
+
 def _read_note(folder: pathlib.Path, shard: Shard) -> Written | None:
   path = _path(folder, shard)
   try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import pathlib
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,6 +30,7 @@ class Shard:
     first: hash of the first entry.
     end: hash of the first entry behind it; empty for the last shard.
     rows: number of entries.
+    digest: hash of the entries.
   """
 
   split: str
@@ -36,6 +38,7 @@ class Shard:
   first: str
   end: str
   rows: int
+  digest: str = ""
 
 
 class Table:
@@ -118,8 +121,13 @@ class Table:
 
   def _counted(self, shard: Shard) -> Shard:
     query, values = _range(shard)
-    (rows,) = self._db.execute(f"SELECT COUNT(*) {query}", values).fetchone()
-    return dataclasses.replace(shard, rows=rows)
+    rows, digest = 0, hashlib.sha256()
+    for (text,) in self._db.execute(
+      f"SELECT entry {query} ORDER BY hash, rowid", values
+    ):
+      rows += 1
+      digest.update(text.encode())
+    return dataclasses.replace(shard, rows=rows, digest=digest.hexdigest())
 
   def entries(self, shard: Shard) -> Iterator[tuple[int, Entry]]:
     """Yields (hash, entry) of a shard, in order."""

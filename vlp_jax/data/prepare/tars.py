@@ -39,6 +39,9 @@ def scan(
     tally: counts the pictures, and those that are skipped; a tar that breaks
       off counts as one more.
     spill: keeps pictures of compressed tars.
+
+  Raises:
+    UserError: if a split's name is not possible.
   """
   members = _members(path, columns, spill, tally)
   for key, group in itertools.groupby(members, lambda member: member[0]):
@@ -134,7 +137,7 @@ def _entry(
   return entries.Entry(
     name=name,
     image_id=entries.text_id(row.get(image_id) or key),
-    split=splits.canonical(split.strip()) if use_split else "",
+    split=splits.checked(split.strip(), name) if use_split else "",
     place=place,
     captions=entries.clean_captions(texts, name, tally),
     extra={field: row[field] for field in columns.keep if field in row},
