@@ -18,7 +18,8 @@ def get_config(size="tiny"):
   c.model = dict(attention="auto",
                  image=dict(width=64, num_heads=4, patch_size=8),
                  text=dict(width=64, num_heads=4, max_len=32))
-  c.evals = dict(val=dict(type="retrieval", every_steps=100))
+  c.evals = dict(val=dict(type="retrieval", every_steps=100, batch_size=8,
+                          max_examples=0))
   c.update_from_flattened_dict(
     config_lib.choose(size, {"tiny": {}, "debug": {"total_steps": 2}}))
   return c
@@ -92,6 +93,21 @@ def test_bad_overrides_are_refused(file, item, says):
   with pytest.raises(UserError, match=says) as error:
     config_lib.load(file, [item])
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("section", ["data", "clips"])
+def test_data_that_are_named_take_the_place_of_a_source(file, section):
+  trained = config_lib.load(file, [f"{section}.source=mine.jsonl"])
+  name, source = f"{section}.name=coco", f"{section}.source=other.jsonl"
+  for items, expected in (
+    ([name], ("coco", "")),
+    ([name, source], ("coco", "other.jsonl")),
+    ([source], (trained[section].name, "other.jsonl")),
+    (["seed=1"], (trained[section].name, "mine.jsonl")),
+  ):
+    config = config_lib.from_json(config_lib.to_json(trained))
+    found = config_lib.override(config, items)[section]
+    assert (found.name, found.source) == expected
 
 
 def test_files_are_found_from_any_directory(tmp_path, monkeypatch):
@@ -202,6 +218,9 @@ def test_mesh_shape():
     ("model.image.num_heads=5", "image.width=64 is not a multiple of"),
     ("model.image.patch_size=7", "image_size=64 is not a multiple of"),
     ("tokenizer.max_len=64", "max_len=64 exceeds config.model.text.max_len"),
+    ("tokenizer.max_len=1", "tokenizer.max_len is 1, but must be >= 2"),
+    ("evals.val.batch_size=0", "evals.val.batch_size is 0, but must be >= 1"),
+    ("evals.val.max_examples=-1", "max_examples is -1, but must be >= 0"),
   ],
 )
 def test_impossible_configs_are_refused(file, item, says):

@@ -39,6 +39,11 @@ _FREE_ON_RESUME += tuple(f"data.{field}" for field in _FREE_DATA)
 # The length of a run shapes its learning rates from the first step on, so it
 # is free only where the schedule does not look at it.
 _LENGTH = ("total_steps", "total_epochs", "total_examples")
+# What numbers must be at least, where that is not 0. A text has two tokens at
+# least, its start and its end.
+_LOW = {"batch_size": 1, "accumulate": 1, "checkpoint.keep": 1}
+_LOW |= {"tokenizer.max_len": 2}
+_EVALS_LOW = {"batch_size": 1, "max_examples": 0}
 
 
 def choose(size: str, sizes: Mapping[str, Any]) -> Any:
@@ -117,6 +122,9 @@ def name_of(spec: str) -> str:
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
   """Sets fields in place from `a.b.c=value`; returns `config`, locked.
 
+  Who names a data set (`data.name`, `clips.name`) means it to be used: a
+  `source` of before, which would go first, is cleared.
+
   Raises:
     UserError: on an unknown field (naming the nearest) or a bad value.
   """
@@ -134,6 +142,11 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     section, _, field = name.rpartition(".")
     value = parse_value(f"config.{name}", text, fields[name])
     (config[section] if section else config)[field] = value
+  given = {item.partition("=")[0] for item in overrides}
+  for section in ("data", "clips"):
+    named = f"{section}.name" in given and config[section].name
+    if named and f"{section}.source" not in given:
+      config[section].source = ""
   return config
 
 
@@ -226,11 +239,7 @@ def validate(
     match_group: the method's; no device or chunk may cut a group.
   """
   fields = dict(flatten(config))
-  for name, value in fields.items():
-    low = int(name in ("batch_size", "accumulate", "checkpoint.keep"))
-    free = name.startswith(("mesh.", "model.", "method.", "evals."))
-    if not free and isinstance(value, (int, float)) and value < low:
-      raise UserError(f"config.{name} is {value}, but must be >= {low}")
+  check_low(config)
   for name in ("optimizer.b1", "optimizer.b2", "ema.decay"):
     if not 0 <= fields[name] < 1:
       raise UserError(f"config.{name} is {fields[name]}, not in [0, 1)")
@@ -257,6 +266,18 @@ def validate(
   for name in fields:
     if name.startswith("model."):
       _check_fit(name, fields)
+
+
+def check_low(config: ConfigDict) -> None:
+  """Raises a `UserError` on a number that is below what has a meaning."""
+  for name, value in flatten(config):
+    section = name.partition(".")[0]
+    low = _LOW.get(name, 0)
+    if section == "evals":
+      low = _EVALS_LOW.get(name.rpartition(".")[2], -math.inf)
+    free = section in ("mesh", "model", "method")
+    if not free and isinstance(value, (int, float)) and value < low:
+      raise UserError(f"config.{name} is {value}, but must be >= {low}")
 
 
 def _check_fit(name: str, fields: Mapping[str, Any]) -> None:

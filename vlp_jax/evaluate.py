@@ -7,18 +7,31 @@
   --config.FIELD=VALUE     overrides a field, for instance
                            --config.data.source=mine.jsonl
 
-Prints a table, and writes evaluation_<step>.json into the folder.
+Prints a table, and writes evaluation_<step>.json into the folder; with the
+average evaluation_<step>_ema.json, and with other data than the run's a name
+that has theirs and a hash. What is not finite is null there.
 """
 
+import hashlib
 import json
+import math
+import pathlib
+import re
 from collections.abc import Sequence
 
+from ml_collections import ConfigDict
+
 from vlp_jax import command, hosts, metrics, runs, train
+from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import base as evaluators
 from vlp_jax.flags import parse_flags, print_help
 
 FLAGS = dict(workdir="", step=-1, best=False, ema=False)
+
+# Fields that say what is evaluated, but for those that change no number.
+_DATA = ("data.", "clips.", "evals.")
+_NO_NUMBER = ("num_workers", "max_bad", "every_steps", "batch_size")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -44,9 +57,47 @@ def main(argv: Sequence[str]) -> None:
     print(f"{flags['workdir']}, step {run.step:,}")
   results = train.evaluate(built, config, run.params, run.params)
   if hosts.is_first():
-    path = workdir / f"evaluation_{run.step}.json"
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    path = workdir / file_name(
+      run.step, flags["ema"], runs.read_config(workdir), config
+    )
+    values = {k: v if math.isfinite(v) else None for k, v in results.items()}
+    path.write_text(json.dumps(values, indent=2) + "\n")
+    print(f"wrote {path}")
   metrics.print_table(results)
+
+
+def file_name(
+  step: int, use_ema: bool, trained: ConfigDict, config: ConfigDict
+) -> str:
+  """Names the file of an evaluation so that none takes another's place.
+
+  Args:
+    step: of the checkpoint.
+    use_ema: whether the moving average is evaluated.
+    trained: the run's config.
+    config: the same with overrides.
+
+  Returns:
+    `evaluation_<step>.json` of the run's own data; `_ema` comes before the
+    dot for the average, and then the name of other data and a hash of all
+    fields that choose data and differ.
+  """
+  parts = [f"evaluation_{step}"] + ["ema"] * use_ema
+  differ = []
+  for line in config_lib.diff(trained, config):
+    field = line.partition(": ")[0]
+    if field.startswith(_DATA) and not field.endswith(_NO_NUMBER):
+      differ.append(line)
+  for section in ("data", "clips"):
+    fields = tuple(f"{section}.{field}: " for field in ("name", "source"))
+    if any(line.startswith(fields) for line in differ):
+      data = config[section]
+      name = pathlib.Path(data.source).stem or data.name
+      parts.append(re.sub(r"[^\w.-]+", "-", name).strip("-")[-40:])
+  if differ:
+    digest = hashlib.sha256("\n".join(differ).encode()).hexdigest()
+    parts.append(digest[:8])
+  return "_".join(filter(None, parts)) + ".json"
 
 
 if __name__ == "__main__":

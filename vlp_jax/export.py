@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from vlp_jax import checkpoint, command, hosts, runs
 from vlp_jax import config as config_lib
+from vlp_jax.data import joint, transforms
 from vlp_jax.errors import UserError
 from vlp_jax.flags import parse_flags, print_help
 from vlp_jax.ops import patches
@@ -23,6 +24,12 @@ FORMATS = ("orbax",)
 FLAGS = dict(
   workdir="", output="", format="orbax", step=-1, best=False, ema=False
 )
+
+# What `data.eval_resize` does.
+_RESIZE = {
+  "crop": "short side; then centre crop",
+  "stretch": "both sides, whatever the shape; nothing is cut off",
+}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -57,10 +64,12 @@ def export(run: runs.Run, output: pathlib.Path) -> None:
   """Writes a run's parameters and all that is needed to use them.
 
   Raises:
-    UserError: if `output` holds an export already, or cannot be written.
+    UserError: if `output` holds an export already or cannot be written, or the
+      config's `data.eval_resize` is none.
   """
   if (output / "params").exists():
     raise UserError(f"{output} holds an export already; give another --output")
+  transforms.eval_geometry(run.config.data)  # refuses what is none
   output = command.make_folder(output)
   if hosts.is_first():
     _describe(run, output)
@@ -71,14 +80,21 @@ def _describe(run: runs.Run, output: pathlib.Path) -> None:
   """Writes all but the parameters."""
   config_lib.save(run.config, output / "config.json")
   (output / "tokenizer.model").write_bytes(run.tokenizer.model)
+  data = run.config.data
   preprocessing = {
-    "image_size": run.config.data.image_size,
-    "resize": "bicubic, antialiased, short side; then centre crop",
+    "image_size": data.image_size,
+    "eval_resize": data.eval_resize,
+    "resize": f"bicubic, antialiased, {_RESIZE[data.eval_resize]}",
+    "num_frames": data.num_frames,
     "mean": patches.MEAN,
     "std": patches.STD,
     "max_len": run.config.tokenizer.max_len,
     "step": run.step,
   }
+  if joint.has_clips(run.config):
+    clips = joint.of_clips(run.config).data
+    fields = "image_size", "num_frames"
+    preprocessing["clips"] = {field: clips[field] for field in fields}
   text = json.dumps(preprocessing, indent=2) + "\n"
   (output / "preprocessing.json").write_text(text)
 

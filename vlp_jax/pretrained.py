@@ -20,6 +20,7 @@ from vlp_jax.data import captions, joint, pipeline, transforms
 from vlp_jax.data import clips as clips_lib
 from vlp_jax.data import tokenizer as tokenizer_lib
 from vlp_jax.errors import UserError
+from vlp_jax.evaluators import base
 from vlp_jax.methods import base as methods
 from vlp_jax.methods.base import Method, Params
 
@@ -122,7 +123,9 @@ class Pretrained:
     if not hasattr(self.method, "generate"):
       raise UserError(f"{self.config.method.name} writes no captions")
     ids = self._generate(self.params, {"image": self.preprocess(pictures)})
-    return [self.tokenizer.decode(row) for row in np.asarray(ids)]
+    return [
+      base.decode(self.tokenizer, row.tolist()) for row in np.asarray(ids)
+    ]
 
   def _probabilities(self, image, texts: Sequence[str]) -> np.ndarray:
     if not hasattr(self.method, "match_score"):

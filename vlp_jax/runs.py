@@ -50,7 +50,10 @@ def read_config(
   path = pathlib.Path(workdir) / "config.json"
   if not path.is_file():
     raise UserError(f"no run in {workdir}: {path} does not exist")
-  return config_lib.override(config_lib.from_json(path.read_text()), overrides)
+  config = config_lib.from_json(path.read_text())
+  config = config_lib.override(config, overrides)
+  config_lib.check_low(config)
+  return config
 
 
 def open_run(

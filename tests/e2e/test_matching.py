@@ -88,7 +88,8 @@ def test_evaluating_the_teacher(simla, folder):
     "evaluate", f"--workdir={workdir}", "--ema", *others, cwd=folder
   )
   assert status == 0, err
-  values = json.loads((workdir / "evaluation_6.json").read_text())
+  (path,) = workdir.glob("evaluation_6_ema_*.json")
+  values = json.loads(path.read_text())
   name = "eval_comp/binding/matching"
   assert name in values and name in out
 

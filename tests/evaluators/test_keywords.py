@@ -34,7 +34,7 @@ def test_examples_are_shown(capsys):
 
 
 def test_without_their_loss_there_are_none():
-  env = fakes.environment([{"objects": []}], Tokenizer())
+  env = fakes.environment(fakes.records([["a"]], objects=[[]]), Tokenizer())
   silent = fakes.Speller()
   silent.keyword_weight = 0.0
   with pytest.raises(base.NotApplicableError, match="keyword_weight=0"):

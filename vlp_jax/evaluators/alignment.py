@@ -54,6 +54,7 @@ class Evaluator(base.Evaluator):
 
   needs = ("attention_maps",)
   annotations = ("objects",)
+  captioned = True
 
   @functools.cached_property
   def _examples(self) -> list[_Example]:

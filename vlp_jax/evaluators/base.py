@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 from vlp_jax.data import captions, joint, pipeline, sources, transforms
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.errors import UserError
+from vlp_jax.evaluators import _records
 from vlp_jax.evaluators._batching import (
   Subset,
   compiled,
@@ -99,6 +100,9 @@ class Env:
   _sources: dict = dataclasses.field(
     default_factory=dict, init=False, repr=False, compare=False
   )
+  _records: dict = dataclasses.field(
+    default_factory=dict, init=False, repr=False, compare=False
+  )
   _memo: _Memo = dataclasses.field(
     default_factory=_Memo, init=False, repr=False, compare=False
   )
@@ -129,6 +133,14 @@ class Env:
       self._sources[name] = sources.open_source(data, name)
     return self._sources[name]
 
+  def usable(
+    self, split: str, max_examples: int, captioned: bool
+  ) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields what `_records.usable` does; each record is read once."""
+    source, known = self.source(split), self._records.setdefault(split, {})
+    clean = captions.cleaner(self.config.data) if captioned else None
+    return _records.usable(source, known, max_examples, clean)
+
   def memo(self, params: Params, key, compute: Callable[[], Any]) -> Any:
     """Returns `compute()`, once for these parameters and this key."""
     return self._memo.get(params, key, compute)
@@ -140,22 +152,21 @@ class Evaluator:
   Attributes:
     needs: capabilities of the method without which it cannot run.
     annotations: fields of annotated records without which it cannot run.
+    captioned: whether records without a caption are left out, and captions
+      without a text, as in training. Damaged records are left out by all.
     fields: its own config fields beside `COMMON_FIELDS`, with defaults.
     method, config, env: as given.
-    source: the split's records, the first `max_examples` if that is not 0.
   """
 
   needs: ClassVar[tuple[str, ...]] = ()
   annotations: ClassVar[tuple[str, ...]] = ()
+  captioned: ClassVar[bool] = False
   fields: ClassVar[dict[str, Any]] = {}
 
   def __init__(self, method: Method, config, env: Env):
     self.method = method
     self.config = config
     self.env = env
-    source = env.source(config.split)
-    count = min(config.max_examples or len(source), len(source))
-    self.source = Subset(source, range(count))
     self.batch_size = padded_size(config.batch_size, env.mesh)
 
   def run(self, params: Params) -> dict[str, float]:
@@ -163,14 +174,22 @@ class Evaluator:
     raise NotImplementedError
 
   @functools.cached_property
+  def source(self) -> Subset:
+    """The usable records, of the first `max_examples` if that is not 0."""
+    return Subset(self.env.source(self.config.split), list(self._usable))
+
+  @functools.cached_property
   def records(self) -> list[dict[str, Any]]:
-    """The records without their pictures, read once."""
-    keep = []
-    for index in range(len(self.source)):
-      record = dict(self.source[index])
-      record.pop("image")
-      keep.append(record)
-    return keep
+    """The records of `source` without their pictures, read once."""
+    return list(self._usable.values())
+
+  @functools.cached_property
+  def _usable(self) -> dict[int, dict[str, Any]]:
+    """The usable records by their place in the split."""
+    config = self.config
+    return dict(
+      self.env.usable(config.split, config.max_examples, self.captioned)
+    )
 
   def has(self, capability: str) -> bool:
     """Tells whether the method can do something."""
@@ -229,13 +248,13 @@ class Evaluator:
     )
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Returns the text of ids; a model may have more than the tokenizer."""
-    tokenizer = self.env.tokenizer
-    return tokenizer.decode([i for i in ids if i < tokenizer.vocab_size])
+    """Returns the text of ids."""
+    return decode(self.env.tokenizer, ids)
 
   def encode_images(self, params: Params) -> np.ndarray:
     """Embeds every picture of the split, `[N, E]`, once for these weights."""
-    key = ("images", self.method, self.config.split, len(self.source))
+    places = tuple(self._usable)
+    key = ("images", self.method, self.config.split, places)
     encode = self.compiled("encode_image")
     return self.env.memo(params, key, lambda: self.on_images(encode, params))
 
@@ -258,6 +277,11 @@ class Evaluator:
         "text_len": pad_rows(text_len, self.batch_size),
         "mask": np.arange(self.batch_size) < len(rows),
       }
+
+
+def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+  """Returns the text of ids; a model may have more than the tokenizer."""
+  return tokenizer.decode([i for i in ids if i < tokenizer.vocab_size])
 
 
 def choose_readout(kind: str, readout: str, method: Method) -> str:
@@ -365,7 +389,14 @@ def _check_data(name: str, config, evaluator: type[Evaluator], env: Env):
     raise NotApplicableError(
       f"evals.{name} is left out: split {config.split!r} is empty"
     )
-  lacks = [field for field in evaluator.annotations if field not in source[0]]
+  found = env.usable(config.split, config.max_examples, evaluator.captioned)
+  _, first = next(found, (0, None))
+  if first is None:
+    raise NotApplicableError(
+      f"evals.{name} is left out: no record of {source.name!r} is readable"
+      + " and has a caption" * evaluator.captioned
+    )
+  lacks = [field for field in evaluator.annotations if field not in first]
   if lacks:
     raise NotApplicableError(
       f"evals.{name} is left out: it needs records with {', '.join(lacks)}, "

@@ -39,6 +39,7 @@ class Evaluator(base.Evaluator):
   """
 
   needs = ("generate",)
+  captioned = True
   fields = {"max_len": 0}  # noqa: RUF012
 
   def __init__(self, method, config, env):

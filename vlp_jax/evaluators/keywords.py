@@ -18,6 +18,7 @@ class Evaluator(base.Evaluator):
   """
 
   needs = ("keywords",)
+  captioned = True
   fields = {"examples": 4}  # noqa: RUF012
 
   def __init__(self, method, config, env):

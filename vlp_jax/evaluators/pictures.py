@@ -86,6 +86,8 @@ def make_pictures(
 class _Examples(base.Evaluator):
   """A split to take examples from."""
 
+  captioned = True
+
   @property
   def num_frames(self) -> int:
     """Frames of a clip; 0 if the data are pictures."""
@@ -110,7 +112,9 @@ def _open(method: Method, env: base.Env) -> _Examples | None:
       if len(env.source(split)):
         fields = {"split": split, "max_examples": _MOST}
         config = ml_collections.ConfigDict(base.COMMON_FIELDS | fields)
-        return _Examples(method, config, env)
+        examples = _Examples(method, config, env)
+        if len(examples.source):
+          return examples
     except UserError:
       continue
   return None

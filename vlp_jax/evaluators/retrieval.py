@@ -45,6 +45,7 @@ class Evaluator(base.Evaluator):
   """
 
   needs = ("encode_image", "encode_text")
+  captioned = True
   fields = {"captions": "first"}  # noqa: RUF012
 
   def __init__(self, method, config, env):

@@ -48,7 +48,7 @@ class Evaluator(base.Evaluator):
         "zeroshot's templates must each hold '{}' where the class name goes, "
         f"but are {tuple(self.templates)}"
       )
-    labels = [_label(record) for record in self.records]
+    labels = [self._label(i) for i in range(len(self.records))]
     self._places = [i for i, label in enumerate(labels) if label is not None]
     if not self._places:
       raise base.NotApplicableError(
@@ -86,6 +86,17 @@ class Evaluator(base.Evaluator):
     norm = np.linalg.norm(mean, axis=1, keepdims=True)
     return mean / np.maximum(norm, 1e-12)
 
+  def _label(self, index: int) -> int | str | None:
+    try:
+      return _label(self.records[index])
+    except (TypeError, ValueError, OverflowError):
+      record = self.records[index]
+      label = record.get("label", record.get("category"))
+      raise UserError(
+        f"{self.source.describe(index)} has the label {label!r}; zeroshot "
+        "takes a name or a whole number"
+      ) from None
+
   def _find_classes(self, labels) -> list[str]:
     """Lists the classes of the split."""
     if any(isinstance(label, int) for label in labels):
@@ -115,14 +126,23 @@ class Evaluator(base.Evaluator):
 
 
 def _label(record: dict[str, Any]) -> int | str | None:
-  """Returns the class of a record, or None if it has none."""
+  """Returns the class of a record, or None if it has none.
+
+  Raises:
+    TypeError, ValueError, OverflowError: if its label is neither a text nor a
+      whole number.
+  """
   label = record.get("label", record.get("category"))
   if isinstance(label, (list, tuple)):  # a path, outermost first
     label = label[0] if label else None
   if isinstance(label, bytes):
-    return label.decode()
-  if label is not None:
-    return label if isinstance(label, str) else int(label)
+    label = label.decode()
+  elif label is not None and not isinstance(label, str):
+    if int(label) != label:
+      raise ValueError
+    label = int(label)
+  if label not in (None, "", -1):  # -1 is what TFDS gives the unlabelled
+    return label
   things = record.get("objects") or ()
   if len(things) == 1:
     return f"{things[0]['color']} {things[0]['shape']}"
