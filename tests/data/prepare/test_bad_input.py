@@ -239,7 +239,9 @@ def test_rows_that_are_skipped(kind, tmp_path):
   os.mkfifo(root / "p.png")
   good = '{"image": "x.png", "caption": "good", "image_id": 1}'
   (root / "pairs.jsonl").write_text(f"{good}\n{line}\n")
-  folder = toy.prepare(root / "pairs.jsonl", tmp_path / "data", ALL)
+  folder = toy.prepare(
+    *(root / "pairs.jsonl", tmp_path / "data", ALL, "--id_column=image_id")
+  )
   ((found, names),) = toy.skipped(folder).items()
   assert found == reason and names[0].startswith("pairs.jsonl:2")
   assert toy.records(folder)["1"]["captions"] == ["good"]
