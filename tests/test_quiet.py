@@ -37,26 +37,8 @@ promise.set_result(1)
 Untold()
 print("done")
 """
-
-
-@pytest.mark.parametrize("hushed", [False, True])
-def test_what_ends_too_late_says_nothing(hushed):
-  argument = "hushed" if hushed else "loud"
-  found = subprocess.run(
-    [sys.executable, "-c", LATE, argument],
-    capture_output=True,
-    text=True,
-    check=True,
-    timeout=60,
-  )
-  assert found.stdout == "done\n"
-  assert ("Event loop is closed" in found.stderr) == (not hushed)
-  assert "something else" in found.stderr
-
-
-@pytest.mark.parametrize("hushed", [False, True])
-def test_what_fails_beside_another_failure_says_nothing(hushed):
-  program = """
+# Tasks that fail when nobody waits for them, of Orbax and of others.
+FAILING = """
 import asyncio, sys
 from vlp_jax import quiet
 
@@ -71,14 +53,29 @@ for name in ("orbax/checkpoint/writing.py", "ours.py"):
     await asyncio.sleep(0)
   asyncio.run(leave())
 """
-  argument = "hushed" if hushed else "loud"
-  found = subprocess.run(
-    [sys.executable, "-c", program, argument],
+
+
+def _run(program, hushed):
+  return subprocess.run(
+    [sys.executable, "-c", program, "hushed" if hushed else "loud"],
     capture_output=True,
     text=True,
     check=True,
     timeout=60,
   )
+
+
+@pytest.mark.parametrize("hushed", [False, True])
+def test_what_ends_too_late_says_nothing(hushed):
+  found = _run(LATE, hushed)
+  assert found.stdout == "done\n"
+  assert ("Event loop is closed" in found.stderr) == (not hushed)
+  assert "something else" in found.stderr
+
+
+@pytest.mark.parametrize("hushed", [False, True])
+def test_what_fails_beside_another_failure_says_nothing(hushed):
+  found = _run(FAILING, hushed)
   assert ("in orbax" in found.stderr) == (not hushed)
   assert "in ours" in found.stderr
 

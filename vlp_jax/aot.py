@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
   for shape, remat in plans:
     config.model.remat = remat
     try:
-      found = examine(config, devices, shape)
+      found = examine(config, devices, chip, shape)
     except UserError as error:
       if not flags["sweep"]:
         raise
@@ -75,14 +75,22 @@ def main(argv: Sequence[str]) -> None:
 
 
 def examine(
-  config, devices: Sequence[Any], shape: Shape
+  config, devices: Sequence[Any], chip: chips.Chip, shape: Shape
 ) -> list[tuple[float, Report]]:
   """Compiles and shows a run's steps: on pictures and, if it has any, on clips.
 
+  Args:
+    config: of the run.
+    devices: of the slice.
+    chip: what is known of each.
+    shape: of the mesh.
+
   Returns:
     Each with its share of the run's steps.
+
+  Raises:
+    UserError: as `roofline.examine` and `joint.configs`.
   """
-  chip = chips.get(devices[0].device_kind)
   found = []
   for name, share, part in joint.configs(config):
     print(
