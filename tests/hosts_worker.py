@@ -14,6 +14,7 @@ import pickle
 import signal
 import sys
 import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def sgd(name, shape, accumulate="1"):
 
 
 def preemption():
-  """One host hears SIGTERM: which number all stop at."""
+  """One host hears SIGTERM: which number all stop at; and after the loop."""
   with hosts.Preemption() as preempted:
     number = 0
     while number < 600:
@@ -95,7 +96,10 @@ def preemption():
         os.kill(os.getpid(), signal.SIGTERM)
       # Hosts are not equally fast.
       time.sleep(0.05 + 0.02 * jax.process_index())
-  return _all(number)
+  ended = []
+  with mock.patch("os._exit", ended.append):
+    os.kill(os.getpid(), signal.SIGTERM)
+  return {"stops": _all(number), "ended": ended}
 
 
 def facts():

@@ -55,6 +55,7 @@ def test_no_evaluation_takes_anothers_file(evaluated, capsys):
       ["--ema", "--config.data.name=coco"],
       ["--config.data.source=some/My list.jsonl"],
       ["--config.evals.val.split=train"],
+      ["--config.tokenizer.max_len=5"],
       ["--config.clips.source=clips.jsonl"],
       ["--config.clips.source=clips.jsonl", "--config.clips.num_frames=1"],
     )

@@ -256,8 +256,9 @@ ENTRY %main (a: bf16[8,5]) -> bf16[8,5] {
 }
 """  # noqa: E501
   silent, telling = hlo.Module(text).work()
-  assert silent == hlo.Work("kernel", 0, 2 * 8 * 5 * 2, 1, True, None)
-  assert telling == hlo.Work("custom-call", 70, 2 * 8 * 5 * 2, 1, True, None)
+  assert silent == hlo.Work("kernel", 0, 0, 2 * 8 * 5 * 2, 1, True, None)
+  bytes_ = 2 * 8 * 5 * 2
+  assert telling == hlo.Work("custom-call", 70, 70, bytes_, 1, True, None)
 
 
 def test_memory_that_is_given_is_not_written():
@@ -273,6 +274,37 @@ ENTRY %main (a: bf16[8,5]) -> bf16[16,5] {
 """
   (update,) = hlo.Module(text).work()
   assert update.hbm_bytes == 2 * 8 * 5 * 2
+
+
+@pytest.mark.parametrize(
+  "dtype, asked, passes",
+  [
+    ("f32", "", 1),
+    ("f32", ", operand_precision={high,high}", 3),
+    ("f32", ", operand_precision={highest,highest}", 6),
+    # What is bfloat16 already has no lower halves.
+    ("bf16", ", operand_precision={highest,highest}", 1),
+  ],
+)
+def test_products_of_float32_are_several_of_bfloat16(dtype, asked, passes):
+  text = f"""
+HloModule m
+
+%product (p: {dtype}[3,4], q: {dtype}[4,5]) -> f32[3,5] {{
+  %p = {dtype}[3,4]{{1,0}} parameter(0)
+  %q = {dtype}[4,5]{{1,0}} parameter(1)
+  ROOT %c = f32[3,5]{{1,0}} convolution(%p, %q), dim_labels=bf_io->bf{asked}
+}}
+
+ENTRY %main (a: {dtype}[3,4], b: {dtype}[4,5]) -> f32[3,5] {{
+  %a = {dtype}[3,4]{{1,0}} parameter(0)
+  %b = {dtype}[4,5]{{1,0}} parameter(1)
+  ROOT %f = f32[3,5]{{1,0}} fusion(%a, %b), kind=kOutput, calls=%product
+}}
+"""
+  (work,) = hlo.Module(text).work()
+  assert work.operations == 2 * 3 * 4 * 5
+  assert work.bfloat16 == passes * work.operations
 
 
 def test_sums_that_are_cut_are_scattered():

@@ -44,7 +44,7 @@ ALLOWED = {
   "chips": set(),
   "roofline": {
     _BASE,
-    *("ops", "chips", "flops", "hlo", "train_state", "train_step"),
+    *("ops", "data", "chips", "flops", "hlo", "train_state", "train_step"),
     *_INFRASTRUCTURE,
   },
   "train": {

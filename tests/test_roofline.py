@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from vlp_jax import aot, chips, roofline, sharding
 from vlp_jax import config as config_lib
+from vlp_jax.data import joint
 from vlp_jax.errors import UserError
 from vlp_jax.hlo import Collective, Work
 from vlp_jax.ops import platforms
@@ -23,28 +24,59 @@ CHIP = chips.Chip(flops=100.0, memory=1000, bandwidth=10.0, link=1.0, links=4)
 def test_bounds_by_hand():
   work = [
     # 2 s of operations, 1 s of bytes, three times.
-    Work("fusion", 200, 10, 3, True, None),
+    Work("fusion", 200, 200, 10, 3, True, None),
+    # 1.2 s of operations, in float32, of which one is six.
+    Work("fusion", 20, 120, 1, 1, True, None),
     # 4 s of bytes.
-    Work("fusion", 0, 40, 1, True, None),
+    Work("fusion", 0, 0, 40, 1, True, None),
     # Begun, and waited for elsewhere: counts as bytes, not one by one.
-    Work("copy-start", 0, 50, 1, False, None),
+    Work("copy-start", 0, 0, 49, 1, False, None),
     # 2 x 3/4 x 40 bytes over four links, twice.
-    Work("all-reduce", 0, 0, 2, True, Collective("all-reduce", 40, 4)),
-    Work("kernel", 0, 0, 5, True, None),
+    Work("all-reduce", 0, 0, 0, 2, True, Collective("all-reduce", 40, 4)),
+    Work("kernel", 0, 0, 0, 5, True, None),
   ]
   found = roofline.summary(work, 400.0, CHIP, links=4)
-  assert found["operations"] == 600 and found["moved"] == 120
+  assert found["operations"] == 620 and found["moved"] == 120
   assert found["sent"] == {"all-reduce": 120}
   assert found["collectives"] == {"all-reduce": 2}
   assert found["kernels"] == 5
   assert found["seconds"] == {
     "model": 4.0,
-    "operations": 6.0,
+    "operations": 7.2,
     "hbm": 12.0,
-    "instructions": 10.0,
+    "instructions": 11.2,
     "collectives": 30.0,
     "step": 30.0,
   }
+
+
+def test_devices_of_one_chip_need_no_links():
+  """Two of a TPU7x lie at one place; what lies between them is not known."""
+  work = [Work("all-reduce", 0, 0, 8, 1, True, Collective("all-reduce", 8, 2))]
+  found = roofline.summary(work, 400.0, CHIP, links=0)
+  assert found["seconds"]["collectives"] == 0
+  report = dataclasses.replace(
+    _found(config_lib.load("configs/clip.py:debug"), (2, 1, 1)), **found
+  )
+  aot.show(report, CHIP)
+
+
+def test_a_step_on_clips_is_the_run_s():
+  """Its parameters are; positions are resized for pictures of another size."""
+  config = config_lib.load(
+    "configs/scl.py:debug",
+    [
+      *("clips.share=0.25", "clips.source=clips.jsonl", "clips.num_frames=2"),
+      *("clips.image_size=16", "clips.batch_size=16", "total_steps=8"),
+    ],
+  )
+  assert config.data.image_size != 16
+  mesh = sharding.make_mesh((8, 1, 1), jax.devices()[:8])
+  (_, _, pictures), (_, _, clips) = joint.configs(config)
+  _, state, _ = roofline.abstract_step(config, mesh, pictures)
+  _, same, batch = roofline.abstract_step(config, mesh, clips)
+  assert state.params == same.params
+  assert batch["image"].shape == (16, 2, 16, 16, 3)
 
 
 def test_memory_that_was_missing_is_read_from_the_error():
@@ -107,11 +139,11 @@ def test_a_mesh_that_holds_the_state_is_suggested():
 
 
 def test_advice_that_a_run_would_take():
-  def advice(name, *overrides):
+  def advice(name, *overrides, mesh=(8, 1, 1), chip=2**30):
     overrides = ("model.attention=tpu", *overrides)
     config = config_lib.load(f"configs/{name}.py:b16", overrides)
-    report = _report(config, (8, 1, 1), 30 * 2**30)
-    return roofline.suggest(config, report, jax.devices()[:8], 2**30)
+    report = _report(config, mesh, 30 * 2**30)
+    return roofline.suggest(config, report, jax.devices()[:8], chip)
 
   text = advice("coca", "batch_size=64", "model.remat=dots")
   assert "and no mesh of 8 chips holds both: try " in text
@@ -123,6 +155,17 @@ def test_advice_that_a_run_would_take():
   assert text.endswith("both: try --config.accumulate=2, more chips")
   # Eight devices have eight examples: one each, in one piece.
   text = advice("coca", "batch_size=8", "model.remat=full")
+  assert text.endswith("both: try more chips")
+  # The clips' eight cannot be cut, though pictures can.
+  text = advice(
+    *("scl", "batch_size=64", "model.remat=full", "method.match_group=0"),
+    *("clips.share=0.25", "clips.source=clips.jsonl", "clips.batch_size=8"),
+    *("clips.num_frames=2", "total_steps=8", "accumulate=1"),
+  )
+  assert text.endswith("both: try more chips")
+  # Two examples are one for each of two devices, and not for eight.
+  two = ("coca", "batch_size=2", "accumulate=1", "model.remat=full")
+  text = advice(*two, mesh=(2, 1, 4), chip=2**40)
   assert text.endswith("both: try more chips")
   # Its hard negatives are of the whole batch, which no chunk can have.
   text = advice("simla", "model.remat=full")
@@ -182,9 +225,9 @@ def _fake(monkeypatch, examined):
   monkeypatch.setattr(aot, "get_devices", lambda topology: devices)
   plans = []
 
-  def examine(config, devices, shape):
+  def examine(config, devices, shape, stream):
     plans.append((shape, config.model.remat))
-    return examined(config, shape)
+    return examined(stream, shape)
 
   monkeypatch.setattr(roofline, "examine", examine)
   monkeypatch.setattr(roofline, "suggest", lambda *_: "try another mesh")
@@ -192,7 +235,7 @@ def _fake(monkeypatch, examined):
 
 
 def _found(config, shape):
-  work = [Work("fusion", 400 * 10**12, 10**9, 1, True, None)]
+  work = [Work("fusion", *[400 * 10**12] * 2, 10**9, 1, True, None)]
   report = roofline.Report(
     method="clip",
     chips=8,
@@ -260,7 +303,7 @@ def test_a_sweep_compares_meshes_and_policies(monkeypatch, capsys):
   assert out.count("50%") == 2 * 8  # of each, and in the table at the end
 
 
-def test_steps_on_clips_are_compiled_too(monkeypatch, capsys):
+def test_steps_on_clips_are_compiled_too(monkeypatch, capsys, tmp_path):
   def examined(config, shape):
     report = dataclasses.replace(_found(config, shape), links=2)
     frames = config.data.num_frames
@@ -277,14 +320,18 @@ def test_steps_on_clips_are_compiled_too(monkeypatch, capsys):
     )
 
   plans = _fake(monkeypatch, examined)
+  path = tmp_path / "found.json"
   aot.main(
     [
       *("--config=configs/scl.py:debug", "--topology=v5e:2x4"),
       *("--config.clips.share=0.25", "--config.clips.source=clips.jsonl"),
-      "--config.total_steps=8",
+      *("--config.total_steps=8", f"--output={path}"),
     ]
   )
   assert len(plans) == 2
+  reports = json.loads(path.read_text())["reports"]
+  streams = [(r["stream"], r["share"]) for r in reports]
+  assert streams == [("train", 0.75), ("train_clips", 0.25), ("mean", 1.0)]
   out = capsys.readouterr().out
   assert "compiling train for" in out and "compiling train_clips for" in out
   *_, both = out.split("mean of these")
@@ -297,7 +344,9 @@ def test_a_run_fits_where_all_its_steps_do():
   config = config_lib.load("configs/clip.py:debug")
   fits = _found(config, (8, 1, 1))
   too_big = dataclasses.replace(fits, fits=False, memory=2**40, seconds={})
-  both = roofline.mean([(0.5, fits), (0.5, too_big)])
+  both = roofline.mean(
+    [dataclasses.replace(one, share=0.5) for one in (fits, too_big)]
+  )
   assert (both.fits, both.memory, both.seconds) == (False, 2**40, {})
 
 

@@ -95,7 +95,7 @@ def test_chips_are_plausible():
     ("TPU v5 lite", 197, 400),
     ("TPU v5", 459, 1200),
     ("TPU v6 lite", 918, 800),
-    ("TPU7x", 2307 / 2, 1200),
+    ("TPU7x", 2307 / 2, 600),
     ("NVIDIA A100-SXM4-80GB", 312, 600),
     ("NVIDIA H100 80GB HBM3", 989.5, 900),
     ("NVIDIA H200", 989.5, 900),

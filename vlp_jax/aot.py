@@ -66,8 +66,8 @@ def main(argv: Sequence[str]) -> None:
         raise
       print(f"  left out: {error}")  # a mesh that the batch cannot be cut for
       continue
-    reports += [report for _, report in found]
     means.append(roofline.mean(found))
+    reports += found if len(found) == 1 else [*found, means[-1]]
     if flags["output"]:
       write(flags["output"], flags["config"], flags["topology"], reports)
   if flags["sweep"]:
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
 
 def examine(
   config, devices: Sequence[Any], chip: chips.Chip, shape: Shape
-) -> list[tuple[float, Report]]:
+) -> list[Report]:
   """Compiles and shows a run's steps: on pictures and, if it has any, on clips.
 
   Args:
@@ -85,23 +85,20 @@ def examine(
     chip: what is known of each.
     shape: of the mesh.
 
-  Returns:
-    Each with its share of the run's steps.
-
   Raises:
     UserError: as `roofline.examine` and `joint.configs`.
   """
   found = []
-  for name, share, part in joint.configs(config):
+  for name, share, stream in joint.configs(config):
     print(
       f"compiling {name} for {name_of(shape)}, remat {config.model.remat}",
       flush=True,
     )
-    report = roofline.examine(part, devices, shape)
-    found.append((share, report))
+    report = roofline.examine(config, devices, shape, stream)
+    found.append(dataclasses.replace(report, stream=name, share=share))
     show(report, chip)
     if not report.fits:
-      print(roofline.suggest(part, report, devices, chip.memory))
+      print(roofline.suggest(config, report, devices, chip.memory))
   if len(found) > 1:
     show(roofline.mean(found), chip, "mean of these, by their shares, ")
   return found
@@ -203,7 +200,7 @@ def show(report: Report, chip: chips.Chip, what: str = "") -> None:
     for kind, size in report.sent.items():
       number = f"{report.collectives[kind]:.0f} times"
       link = chip.link * report.links
-      row(kind, f"{size / 1e9:.3f} GB", size / link, number)
+      row(kind, f"{size / 1e9:.3f} GB", link and size / link, number)
     row(
       "a step",
       "",

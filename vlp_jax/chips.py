@@ -48,9 +48,8 @@ _V5P = Chip(459e12, 95 * _GIB, 2765e9, 100e9, 6, ring=4)
 # https://docs.cloud.google.com/tpu/docs/v6e: 800 GB/s both ways, over 4 ports.
 _V6E = Chip(918e12, 31.25 * _GIB, 1638e9, 100e9, 4, ring=16)
 # https://docs.cloud.google.com/tpu/docs/tpu7x: 2,307 TFLOP/s, 192 GiB, 7,380
-# GB/s, and 1,200 GB/s both ways a chip, which is two devices; so the links are
-# shared by two.
-_V7X = Chip(2307e12 / 2, 96 * _GIB, 7380e9 / 2, 100e9, 6, ring=4)
+# GB/s, and 1,200 GB/s both ways, of a chip, which is two devices.
+_V7X = Chip(2307e12 / 2, 96 * _GIB, 7380e9 / 2, 100e9 / 2, 6, ring=4)
 
 # A GPU is kept by the name that its driver gives.
 CHIPS = {

@@ -30,7 +30,7 @@ from vlp_jax.flags import parse_flags, print_help
 FLAGS = dict(workdir="", step=-1, best=False, ema=False)
 
 # Fields that say what is evaluated, but for those that change no number.
-_DATA = ("data.", "clips.", "evals.")
+_EVALUATED = ("data.", "clips.", "evals.", "tokenizer.", "model.", "method.")
 _NO_NUMBER = ("num_workers", "max_bad", "every_steps", "batch_size")
 
 
@@ -80,13 +80,13 @@ def file_name(
   Returns:
     `evaluation_<step>.json` of the run's own data; `_ema` comes before the
     dot for the average, and then the name of other data and a hash of all
-    fields that choose data and differ.
+    fields that may change a number and differ.
   """
   parts = [f"evaluation_{step}"] + ["ema"] * use_ema
   differ = []
   for line in config_lib.diff(trained, config):
     field = line.partition(": ")[0]
-    if field.startswith(_DATA) and not field.endswith(_NO_NUMBER):
+    if field.startswith(_EVALUATED) and not field.endswith(_NO_NUMBER):
       differ.append(line)
   for section in ("data", "clips"):
     fields = tuple(f"{section}.{field}: " for field in ("name", "source"))

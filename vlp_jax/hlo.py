@@ -33,6 +33,10 @@ _ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 # Custom calls that give memory, or a name to what lies there.
 _EMPTY = re.compile(r'custom_call_target="(?:AllocateBuffer|ConcatBitcast)"')
 _SLICES = ("dynamic-slice", "slice", "gather")
+# Of TPUs, whose products are of bfloat16: how many make up one of float32, by
+# what is asked of each side. A side that is bfloat16 needs no such parts.
+# https://docs.jax.dev/en/latest/jax.lax.html#jax.lax.DotAlgorithmPreset
+_PASSES = {"default": 1, "high": 3, "highest": 6}
 
 
 class Collective(NamedTuple):
@@ -70,6 +74,8 @@ class Work(NamedTuple):
       it does.
     operations: multiplications and additions of its matrix products; those of a
       kernel as it says itself (`pl.CostEstimate`).
+    bfloat16: as many of bfloat16 take as long on a TPU; more, where a product
+      of float32 is asked for.
     hbm_bytes: that it reads from HBM and writes there.
     times: how often it runs.
     waits: False where it is started, and waited for elsewhere.
@@ -78,6 +84,7 @@ class Work(NamedTuple):
 
   opcode: str
   operations: int
+  bfloat16: int
   hbm_bytes: int
   times: int
   waits: bool
@@ -123,9 +130,11 @@ class Module:
           else:
             begun.add(collective.channel)
         silent = _KERNEL in one.rest and not _ESTIMATE.search(one.rest)
+        products = self._products(one, computation)
         yield Work(
           "kernel" if silent else one.opcode,
-          self._operations(one, computation),
+          sum(operations for operations, _ in products),
+          sum(operations * passes for operations, passes in products),
           self._hbm_bytes(one, computation),
           times,
           not one.opcode.endswith("-start"),
@@ -161,26 +170,25 @@ class Module:
       found += map(self._end, _called(one))
     return max(found)
 
-  def _operations(self, one: Instruction, where: Computation) -> int:
-    """Multiplications and additions of matrix products, nested ones too."""
-    if one.opcode == "dot":
-      contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)[1]
-      sides = where[one.operands[0]].arrays[0].dims
-      depth = math.prod(sides[int(i)] for i in contracted.split(",") if i)
-      return 2 * math.prod(one.arrays[0].dims) * depth
-    if one.opcode == "convolution":
-      return _convolution(one, *(where[x].arrays[0].dims for x in one.operands))
+  def _products(
+    self, one: Instruction, where: Computation
+  ) -> list[tuple[int, int]]:
+    """Of matrix products, nested ones too: operations, and passes of each."""
+    if one.opcode in ("dot", "convolution"):
+      sides = [where[x].arrays[0] for x in one.operands]
+      count = _dot if one.opcode == "dot" else _convolution
+      return [(count(one, *(x.dims for x in sides)), _passes(one, sides))]
     if one.opcode == "custom-call":
       said = _ESTIMATE.search(one.rest)
-      return int(said[1]) if said else 0
+      return [(int(said[1]), 1)] if said else []
     if one.opcode in ("fusion", "async-start"):
-      return sum(self._inner_operations(name) for name in _called(one))
-    return 0
+      return [x for name in _called(one) for x in self._inner_products(name)]
+    return []
 
   @functools.cache  # noqa: B019  # a module lives as long as what counts it
-  def _inner_operations(self, name: str) -> int:
+  def _inner_products(self, name: str) -> list[tuple[int, int]]:
     inner = self.computations[name]
-    return sum(self._operations(one, inner) for one in inner.values())
+    return [x for one in inner.values() for x in self._products(one, inner)]
 
   def _hbm_bytes(self, one: Instruction, where: Computation) -> int:
     """Bytes read and written in HBM; of slices and updates, only those."""
@@ -338,6 +346,23 @@ def _group(attributes: str) -> int:
     return math.prod(int(part or sizes[axis]) for axis, part in axes)
   listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
   return len(listed[1].split(",")) if listed else 0
+
+
+def _passes(one: Instruction, sides: list[Array]) -> int:
+  """How many products of bfloat16 a TPU makes one of."""
+  asked = re.search(r"operand_precision=\{(\w+),", one.rest)
+  exact = all(4 * math.prod(side.dims) == side.bytes for side in sides)
+  return _PASSES.get(asked[1], 1) if asked and exact else 1
+
+
+def _dot(
+  one: Instruction, left: tuple[int, ...], right: tuple[int, ...]
+) -> int:
+  """Operations of a product as others than TPUs write it."""
+  del right  # what is summed over is in both
+  contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)[1]
+  depth = math.prod(left[int(i)] for i in contracted.split(",") if i)
+  return 2 * math.prod(one.arrays[0].dims) * depth
 
 
 def _convolution(

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vlp_jax import roll_call, tpu_vm
+from vlp_jax import preemption, roll_call, tpu_vm
 from vlp_jax.errors import UserError
 
 # Where processes are told of one another: all three, or none.
@@ -230,8 +230,8 @@ class Preemption:
   def __init__(self):
     self._requested = False
     # Signals belong to the main thread; a run inside another goes without.
-    main = threading.current_thread() is threading.main_thread()
-    self._handles = main and jax.process_count() == 1
+    self._main = threading.current_thread() is threading.main_thread()
+    self._handles = self._main and jax.process_count() == 1
 
   def __enter__(self) -> Preemption:
     if self._handles:
@@ -241,6 +241,8 @@ class Preemption:
   def __exit__(self, *_) -> None:
     if self._handles:
       signal.signal(signal.SIGTERM, self._previous)
+    elif self._main:  # JAX's would note it, and nobody ask
+      preemption.end_on_sigterm()
 
   def _note(self, *_) -> None:
     self._requested = True

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 
 from vlp_jax import chips, flops, hlo, optim, sharding, train_state, train_step
 from vlp_jax import config as config_lib
+from vlp_jax.data import joint
 from vlp_jax.errors import UserError
 from vlp_jax.methods import base as methods
 from vlp_jax.ops import attention, platforms
@@ -48,6 +49,8 @@ class Report:
     links: to other chips, of the chip that has fewest.
     attention: what computes it and why, an entry for each answer.
     compile_seconds: of tracing and compiling, on this machine.
+    stream: whose batches the step is on; "mean" is that of all.
+    share: of the run's steps.
   """
 
   method: str
@@ -70,6 +73,8 @@ class Report:
   links: int = 0
   attention: tuple[attention.Choice, ...] = ()
   compile_seconds: float = 0.0
+  stream: str = "train"
+  share: float = 1.0
 
   @property
   def utilisation(self) -> float:
@@ -78,21 +83,23 @@ class Report:
 
 
 @platforms.compiling_for("tpu")
-def examine(config, devices: list[Any], shape: Shape) -> Report:
+def examine(config, devices: list[Any], shape: Shape, stream=None) -> Report:
   """Compiles the train step for chips, and counts what it does.
 
   Args:
     config: of the run; `model.dtype=auto` is bfloat16.
     devices: of a `jax.experimental.topologies` description.
     shape: of the mesh.
+    stream: whose batches the step is on, see `joint.configs`; else `config`.
 
   Raises:
     UserError: if the config cannot run on the mesh, or XLA not compile it.
   """
   started = time.monotonic()
-  config = on_mesh(config, shape)
-  method = methods.get(config.method.name, config)
-  step, state, batch = abstract_step(config, sharding.make_mesh(shape, devices))
+  config, stream = on_mesh(config, shape), on_mesh(stream or config, shape)
+  method = methods.of_stream(config, stream)
+  mesh = sharding.make_mesh(shape, devices)
+  step, state, batch = abstract_step(config, mesh, stream)
   with attention.choices() as chosen:
     lowered = step.trace(state, batch).lower(lowering_platforms=("tpu",))
   report = Report(
@@ -100,7 +107,7 @@ def examine(config, devices: list[Any], shape: Shape) -> Report:
     chips=len(devices),
     mesh=shape,
     remat=config.model.remat,
-    batch_size=config.batch_size,
+    batch_size=stream.batch_size,
     accumulate=config.accumulate,
     parameters=sum(x.size for x in jax.tree.leaves(state.params)),
     fits=False,
@@ -143,8 +150,15 @@ def on_mesh(config, shape: Shape):
   return config
 
 
-def abstract_step(config, mesh) -> tuple[Any, train_state.TrainState, Any]:
+def abstract_step(
+  config, mesh, stream=None
+) -> tuple[Any, train_state.TrainState, Any]:
   """The jitted step of a run, and what it takes, with shardings.
+
+  Args:
+    config: of the run.
+    mesh: of its devices.
+    stream: as of `examine`.
 
   Returns:
     The step, the state and a batch, both abstract.
@@ -152,14 +166,15 @@ def abstract_step(config, mesh) -> tuple[Any, train_state.TrainState, Any]:
   Raises:
     UserError: if the config cannot run on the mesh.
   """
-  method = methods.get(config.method.name, config)
-  config_lib.validate(config, mesh.size, method.match_group)
+  stream = stream or config
+  method = methods.of_stream(config, stream)
+  config_lib.validate(stream, mesh.size, method.match_group)
   optimizer, _ = optim.make_optimizer(config, 100_000, 1000)
   state = abstract_state(config, mesh)
   rows = NamedSharding(mesh, sharding.BATCH)
   batch = {
     name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
-    for name, x in train_state.batch_spec(config).items()
+    for name, x in train_state.batch_spec(stream).items()
   }
   shardings = jax.tree.map(lambda x: x.sharding, state)
   step = train_step.jit_step(config, method, optimizer, mesh, shardings)
@@ -214,10 +229,11 @@ def summary(
   """Sums up what a program does, and bounds its time.
 
   Seconds, each at the chip's published peak: `model`, the model's operations;
-  `operations`, the program's; `hbm`, bytes moved; `instructions`, one after
-  the other, each the longer of its operations and its bytes; `collectives`,
-  over so many links at once, whatever lies between; and `step`, the longest of
-  these: all else is taken to hide behind it.
+  `operations`, the program's, those of float32 as several of bfloat16; `hbm`,
+  bytes moved; `instructions`, one after the other, each the longer of its
+  operations and its bytes; `collectives`, over so many links at once, whatever
+  lies between (of devices of one chip, which need none, 0); and `step`, the
+  longest of these: all else is taken to hide behind it.
   """
   sent, number = Counter(), Counter()
   for one in work:
@@ -225,18 +241,19 @@ def summary(
       sent[one.collective.kind] += one.times * one.collective.sent
       number[one.collective.kind] += one.times
   operations = sum(one.times * one.operations for one in work)
+  bfloat16 = sum(one.times * one.bfloat16 for one in work)
   moved = sum(one.times * one.hbm_bytes for one in work)
   serial = sum(
-    one.times * max(one.operations / chip.flops, one.hbm_bytes / chip.bandwidth)
+    one.times * max(one.bfloat16 / chip.flops, one.hbm_bytes / chip.bandwidth)
     for one in work
     if one.waits and not one.collective
   )
   seconds = {
     "model": model_operations / chip.flops,
-    "operations": operations / chip.flops,
+    "operations": bfloat16 / chip.flops,
     "hbm": moved / chip.bandwidth,
     "instructions": serial,
-    "collectives": sum(sent.values()) / (chip.link * links) if sent else 0.0,
+    "collectives": sum(sent.values()) / (chip.link * links) if links else 0.0,
   }
   seconds["step"] = max(seconds.values())
   return {
@@ -249,37 +266,41 @@ def summary(
   }
 
 
-def mean(reports: Sequence[tuple[float, Report]]) -> Report:
+def mean(reports: Sequence[Report]) -> Report:
   """The mean step of a run whose steps are of several kinds.
 
   Args:
-    reports: of one mesh, with their shares of the steps.
+    reports: of all kinds, on one mesh.
 
   Returns:
     Means, but of memory the most.
   """
-  one = reports[0][1]
+  one = reports[0]
   if len(reports) == 1:
     return one
-  memory = max(report.memory for _, report in reports)
-  if not all(report.fits for _, report in reports):
-    return dataclasses.replace(one, fits=False, memory=memory, seconds={})
+  one = dataclasses.replace(
+    one,
+    stream="mean",
+    share=sum(report.share for report in reports),
+    memory=max(report.memory for report in reports),
+  )
+  if not all(report.fits for report in reports):
+    return dataclasses.replace(one, fits=False, seconds={})
 
   def add(get: Callable[[Report], dict]) -> dict:
     total = Counter()
-    for share, report in reports:
+    for report in reports:
       for name, value in get(report).items():
-        total[name] += share * value
+        total[name] += report.share * value
     return dict(total)
 
   numbers = ("batch_size", "model_operations", "operations", "moved", "kernels")
   return dataclasses.replace(
     one,
-    memory=memory,
     sent=add(lambda r: r.sent),
     collectives=add(lambda r: r.collectives),
     seconds=add(lambda r: r.seconds),
-    compile_seconds=sum(report.compile_seconds for _, report in reports),
+    compile_seconds=sum(report.compile_seconds for report in reports),
     **add(lambda r: {name: getattr(r, name) for name in numbers}),
   )
 
@@ -310,7 +331,8 @@ def suggest(config, report: Report, devices, memory: float) -> str:
   for shape in splits(len(devices)):
     mesh = sharding.make_mesh(shape, devices)
     state = shard_bytes(abstract_state(on_mesh(config, shape), mesh))
-    if state < report.state and beside + state <= memory:
+    fits = state < report.state and beside + state <= memory
+    if fits and can_be(config, shape, config.accumulate):
       numbers = ",".join(map(str, shape))
       return (
         f"try --mesh={numbers}: about {(beside + state) / GIB:.1f} GiB a chip, "
@@ -319,8 +341,7 @@ def suggest(config, report: Report, devices, memory: float) -> str:
   ways = []
   if config.model.remat != "full":
     ways.append("--config.model.remat=full")
-  here = on_mesh(config, report.mesh)
-  if can_be(here, 2 * config.accumulate, len(devices)):
+  if can_be(config, report.mesh, 2 * config.accumulate):
     ways.append(f"--config.accumulate={2 * config.accumulate}")
   return (
     f"beside its state it needs {beside / GIB:.1f} GiB, and no mesh of "
@@ -328,13 +349,14 @@ def suggest(config, report: Report, devices, memory: float) -> str:
   )
 
 
-def can_be(config, accumulate: int, count: int) -> bool:
-  """Whether a config's batch can be cut into so many chunks on its mesh."""
-  config = config.copy_and_resolve_references()
+def can_be(config, shape: Shape, accumulate: int) -> bool:
+  """Whether a run's batches can be cut for a mesh, and into so many chunks."""
+  config = on_mesh(config, shape)
   config.accumulate = accumulate
   try:
-    method = methods.get(config.method.name, config)
-    config_lib.validate(config, count, method.match_group)
+    for _, _, stream in joint.configs(config):
+      method = methods.of_stream(config, stream)
+      config_lib.validate(stream, math.prod(shape), method.match_group)
   except UserError:
     return False
   return True

@@ -188,11 +188,10 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
       # parameters, and push out those from before: it is made after the row.
       owed |= is_due(step, config.checkpoint.every_steps, total_steps)
       ending = stopping or step == total_steps
-      saving = ending or (owed and not in_row.is_open)
-      if due or saving:
+      if due or owed or ending:
         log(pending)
         pending = None
-        saving = ending or (owed and not in_row.is_open)
+      saving = ending or (owed and not in_row.is_open)
       results = {}
       if due:
         try:
@@ -203,7 +202,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
             save(step)  # the same command only evaluates, then
           raise
         writer.write(step, results)
-      if saving:
+      # What is scored is kept as it is: it may be the best.
+      if saving or config.checkpoint.best_metric in results:
         with progress.pause("saving"):
           save(step, results)
         owed = False
@@ -245,9 +245,6 @@ def build_methods(
 ) -> list[Method]:
   """Builds the method once for each stream of batches, and checks the config.
 
-  All have the same parameters. The positions of a picture's patches are made
-  for `config.data.image_size`, and resized for clips.
-
   Args:
     config: of the run.
     parts: what `joint.configs` makes of it.
@@ -257,9 +254,7 @@ def build_methods(
   """
   found = []
   for _, _, one in parts:
-    view = one.copy_and_resolve_references()
-    view.data.image_size = config.data.image_size
-    method = methods.get(config.method.name, view)
+    method = methods.of_stream(config, one)
     config_lib.validate(one, jax.device_count(), method.match_group)
     found.append(method)
   return found

@@ -119,7 +119,11 @@ def test_without_usable_records_there_is_no_evaluation(env, says):
 )
 def test_an_odd_label_is_named(label):
   env = _environment([["a"], ["b"]], label=["x", label])
-  with pytest.raises(UserError, match=r"fake\[1\] has the label .*number$"):
+  with pytest.raises(UserError, match=r"fake\[1\] has .*number$") as found:
+    fakes.build("zeroshot", fakes.Dual(), env, classes=("x",))
+  assert found.type is UserError
+  # Training does not end of an evaluation that nobody has asked for.
+  with pytest.raises(base.NotApplicableError, match="has the label"):
     fakes.build("zeroshot", fakes.Dual(), env)
 
 

@@ -92,7 +92,9 @@ class Evaluator(base.Evaluator):
     except (TypeError, ValueError, OverflowError):
       record = self.records[index]
       label = record.get("label", record.get("category"))
-      raise UserError(
+      # Whose data it is has not asked for zeroshot unless it names classes.
+      error = UserError if self.config.classes else base.NotApplicableError
+      raise error(
         f"{self.source.describe(index)} has the label {label!r}; zeroshot "
         "takes a name or a whole number"
       ) from None

@@ -328,3 +328,21 @@ def get(name: str, config) -> Method:
       f"{', '.join(available())}"
     )
   return importlib.import_module(f"vlp_jax.methods.{name}").build(config)
+
+
+def of_stream(config, stream) -> Method:
+  """Builds the method for batches of one of a run's streams.
+
+  The parameters are the run's: positions of a picture's patches are made for
+  its `data.image_size`, and resized for pictures of another.
+
+  Args:
+    config: of the run.
+    stream: a copy of it, where `data` and `batch_size` are the stream's.
+
+  Raises:
+    UserError: as `get`.
+  """
+  view = stream.copy_and_resolve_references()
+  view.data.image_size = config.data.image_size
+  return get(config.method.name, view)

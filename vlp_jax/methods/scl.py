@@ -216,19 +216,19 @@ class Scl(PairMethod):
     report = {f"{name}_accuracy": Mean.of(v) for name, v in right.items()}
     report["temperature"] = Mean.of(temperature[None])
 
+    @jax.checkpoint
     def complete(part, whole):
       whole = jax.lax.stop_gradient(whole)
       scale = jnp.float32(1 / self.completion_temperature)
       loss, _ = contrastive.softmax(part, whole, scale, ids, "sum", rows)
-      cosine = jnp.sum(part * whole, axis=-1)
-      return loss, cosine
+      return loss, jnp.sum(part * whole, axis=-1)
 
     if self.vision_weight:
       frames = (
         jnp.swapaxes(shared[name], 0, 1)
         for name in ("image_part", "image_whole")
       )
-      # One frame's logits at a time.
+      # One frame's logits at a time, in the gradient, too.
       loss, cosine = jax.lax.map(lambda pair: complete(*pair), (*frames,))
       terms["mvsc"], report["mvsc_cosine"] = jnp.mean(loss, 0), Mean.of(cosine)
     if self.language_weight:
