@@ -133,6 +133,54 @@ def test_jsonl_captions_with_ids_leave_a_picture_in_one_split(
   assert lengths == [5] * 100
 
 
+def drawn(config, path):
+  """Returns the splits of each caption: {caption: [split]}."""
+  found = {}
+  for split in jsonl.read_index(path).splits:
+    for record in open_jsonl(config, path, split):
+      for caption in record["captions"]:
+        found.setdefault(caption, []).append(split)
+  return found
+
+
+@pytest.mark.parametrize("name", [int, "clip {}".format])
+def test_jsonl_pictures_that_share_an_id_are_in_one_split(
+  config, write_jsonl, name
+):
+  rows = [{"caption": f"{i}", "image_id": name(i)} for i in range(100)] * 5
+  found = drawn(config, write_jsonl(rows))
+  assert all(len(s) == 5 and len({*s}) == 1 for s in found.values())
+  assert {s[0] for s in found.values()} == {"train", "validation", "test"}
+  # Neither order nor other clips matter.
+  again = drawn(config, write_jsonl(rows[::-3]))
+  assert all({*splits} == {*found[c]} for c, splits in again.items())
+
+
+def test_jsonl_an_id_that_joins_pictures(config, write_jsonl):
+  """The later picture follows the earlier one, whatever its other ids."""
+  write_jsonl([{"caption": "c"}] * 80)  # makes the pictures
+  rows = []
+  for i in range(40):
+    first, second = f"images/{i}.png", f"images/{40 + i}.png"
+    rows += [
+      {"image": first, "caption": f"{i}", "image_id": i},
+      {"image": first, "caption": f"{i}", "image_id": 1000 + i},
+      {"image": second, "caption": f"{i}", "image_id": 1000 + i},
+      {"image": second, "caption": f"{i}", "image_id": 2000 + i},
+      {"image": second, "caption": f"{i}"},
+    ]
+  found = drawn(config, write_jsonl(rows))
+  assert len({s[0] for s in found.values()}) > 1
+  assert all(len({*s}) == 1 for s in found.values())
+
+
+def test_jsonl_an_empty_id_is_none(config, write_jsonl):
+  rows = [{"caption": f"{i}"} for i in range(200)]
+  bare = drawn(config, write_jsonl(rows))
+  empty = drawn(config, write_jsonl([r | {"image_id": ""} for r in rows]))
+  assert bare == empty and len({s for (s,) in bare.values()}) == 3
+
+
 @pytest.mark.parametrize("name", ["val", "valid", "dev", "validation"])
 def test_jsonl_names_of_validation(config, write_jsonl, name):
   rows = [{"caption": "a", "split": "train"}, {"caption": "b", "split": name}]

@@ -9,7 +9,7 @@ One object a line:
 - `captions`, a list, or `caption` (or `text`), a string; `intake.caption` says
   what is none.
 - `split`, optional: rows without one are shared out, 90/5/5, by a hash of the
-  picture's name.
+  `image_id` in the picture's first row, or of its path; see `_Draws`.
 - `image_id`, optional: an integer.
 - `label`, `category` and `keywords` are kept; other fields are ignored.
 
@@ -206,7 +206,7 @@ def _read_index(path: pathlib.Path, mtime_ns: int, size: int) -> Index:
   folders = tuple(os.path.join(way, "") for way in ways)
   digest = hashlib.sha256()
   offset, length, code, hashes = array("q"), array("i"), array("i"), array("Q")
-  ids, splits = array("q"), {}
+  ids, splits, draws = array("q"), {}, _Draws()
   skipped = collections.defaultdict(_Tally)
   position = 0
   with path.open("rb") as file:
@@ -236,7 +236,7 @@ def _read_index(path: pathlib.Path, mtime_ns: int, size: int) -> Index:
       length.append(len(line))
       hashes.append(picture)
       ids.append(_int32_or_none(row.image_id))
-      split = row.split or splits_lib.draw(picture)
+      split = row.split or draws.split(picture, row.image_id)
       code.append(splits.setdefault(split, len(splits)))
   if not offset:
     raise UserError(f"{path}{_nothing_left(path, skipped)}")
@@ -256,6 +256,30 @@ def _read_index(path: pathlib.Path, mtime_ns: int, size: int) -> Index:
     split=np.frombuffer(code, np.int32),
     splits=tuple(splits),
   )
+
+
+class _Draws:
+  """Draws splits of rows that name none: pictures stay whole, and ids.
+
+  A picture has the split of its first row: that of an earlier row with the
+  same id, else drawn by the id, or by the path where there is none. So
+  pictures may share an id, as frames do, and each caption may have its own.
+  Where both are mixed, a picture is still whole; an id is, too, unless a row
+  joins it to a picture of an earlier row that was drawn apart from it.
+  """
+
+  def __init__(self):
+    self._of_picture, self._of_id = {}, {}
+
+  def split(self, picture: int, image_id: Any) -> str:
+    """Returns a row's split; `picture` is the hash of its path."""
+    if image_id in (None, ""):
+      return self._of_picture.setdefault(picture, splits_lib.draw(picture))
+    key = splits_lib.hash64(str(image_id))
+    split = self._of_picture.get(picture) or self._of_id.get(key)
+    split = split or splits_lib.draw(key)
+    self._of_id.setdefault(key, split)
+    return self._of_picture.setdefault(picture, split)
 
 
 class _Tally:

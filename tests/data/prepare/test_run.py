@@ -40,6 +40,11 @@ def files(folder):
   }
 
 
+def inodes(paths):
+  """Tells files apart, whatever their names: also from later ones."""
+  return {(s.st_ino, s.st_mtime_ns) for s in (p.stat() for p in paths)}
+
+
 def start(*args):
   command = [sys.executable, "-m", "vlp_jax.data.prepare", *args]
   return subprocess.Popen(
@@ -133,13 +138,12 @@ def test_killed_and_started_again_it_goes_on(workers, tmp_path):
   # A shard that was cut off is not taken for a finished one.
   victim, *kept = [path.with_suffix(".array_record") for path in sorted(kept)]
   victim.write_bytes(victim.read_bytes()[:-1])
-  stamps = {path: path.stat().st_ino for path in kept}
+  stamps = inodes(kept)
   process = start(*flags)
   _, err = process.communicate()
   assert process.returncode == 0 and "going on" in err
   folder = tmp_path / "data" / "toy" / "1.0.0"
-  inodes = {path.stat().st_ino for path in folder.iterdir()}
-  assert set(stamps.values()) <= inodes
+  assert stamps <= inodes(folder.iterdir())
   whole = toy.prepare(root, tmp_path / "whole", SMALL, split="")
   assert files(folder) == files(whole)
   assert not scratch.exists()
@@ -167,7 +171,7 @@ def test_what_is_mended_is_looked_at_again(workers, tmp_path):
   with pytest.raises(UserError, match="empty file"):
     toy.prepare(*args, "--max_bad=0")
   kept = [json.loads(p.read_text()) for p in scratch.glob("train-*.json")]
-  assert not any(note["tally"]["skipped"] for note in kept)
+  assert any(note["tally"]["skipped"] for note in kept)
   assert len(kept) == len([*scratch.glob("train-*.array_record")])
   (root / "0003.png").write_bytes(good)
   (root / "0004.png").unlink()
@@ -176,6 +180,26 @@ def test_what_is_mended_is_looked_at_again(workers, tmp_path):
   assert files(folder) == files(
     toy.prepare(root, tmp_path / "whole", SMALL, "--max_bad=0")
   )
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_finished_is_kept_where_more_is_allowed(workers, tmp_path):
+  root = pictures(tmp_path / "source", 40)
+  for number in range(1, 40, 2):  # some of each shard
+    (root / f"{number:04d}.png").write_bytes(b"")
+  args = (root, tmp_path / "data", SMALL, f"--num_workers={workers}")
+  scratch = tmp_path / "data" / ".toy.preparing"
+  plans, finished = set(), set()
+  for max_bad in (0, 0.2):
+    with pytest.raises(UserError, match="what is finished is kept"):
+      toy.prepare(*args, f"--max_bad={max_bad}")
+    plans.add((scratch / "plan.json").stat().st_mtime_ns)
+    before, finished = finished, inodes(scratch.glob("*.array_record"))
+    assert before <= finished and finished
+  assert len(plans) == 1
+  folder = toy.prepare(*args, "--max_bad=0.5")
+  assert finished <= inodes(folder.iterdir())
+  assert len(toy.records(folder)) == 20
 
 
 def test_captions_that_are_mended_are_read_again(tmp_path):

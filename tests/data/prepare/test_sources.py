@@ -116,6 +116,60 @@ def test_rows_of_one_picture_with_ids_of_their_own(name, tmp_path):
   assert all(len(r["captions"]) == 5 for r in {**train, **test}.values())
 
 
+def two_folders(root, make):
+  """The three pictures in `a`, and others of the same names in `b`."""
+  root.mkdir()
+  make(root / "a")
+  make(root / "b")
+
+
+@pytest.mark.parametrize(
+  ("make", "below", "names"),
+  [
+    (toy.metadata_jsonl, "*", "images/{}.png"),
+    (toy.metadata_csv, "*/metadata.csv", "images/{}.png"),
+    (toy.folder_of_texts, "*", "{}.png"),
+    (toy.tars, "*/*.tar", "{}"),
+    (toy.compressed_tar, "*/all.tar.gz", "{}"),
+  ],
+)
+def test_parts_in_folders_of_their_own(make, below, names, tmp_path):
+  two_folders(tmp_path / "s", make)
+  folder = toy.prepare(tmp_path / "s" / below, tmp_path / "data")
+  assert toy.records(folder).keys() == {
+    f"{part}/{names.format(key)}" for part in "ab" for key in toy.COLORS
+  }
+  assert not toy.skipped(folder)
+
+
+def test_parquet_files_of_the_same_name_in_folders_of_their_own(tmp_path):
+  two_folders(tmp_path / "s", toy.parquet_bytes)
+  folder = toy.prepare(tmp_path / "s" / "*", tmp_path / "data")
+  assert len(toy.records(folder)) == 6 and not toy.skipped(folder)
+
+
+def test_a_list_beside_a_folder_with_one_of_its_own(tmp_path):
+  two_folders(tmp_path / "s", toy.metadata_jsonl)
+  a, b = tmp_path / "s" / "a", tmp_path / "s" / "a" / "below"
+  (tmp_path / "s" / "b").rename(b)
+  folder = toy.prepare(f"train={a},train={b}", tmp_path / "data", split="")
+  images = {f"images/{key}.png" for key in toy.COLORS}
+  found = toy.records(folder).keys()
+  assert found == images | {f"below/{name}" for name in images}
+
+
+def test_ids_of_a_column_are_as_they_stand_in_several_folders(tmp_path):
+  for part in "ab":
+    path = toy.jsonl(tmp_path / part)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row | {"nr": part + row["file_name"][7]} for row in rows]
+    path.write_text("\n".join(map(json.dumps, rows)))
+  folder = toy.prepare(
+    tmp_path / "?" / "pairs.jsonl", tmp_path / "data", "--id_column=nr"
+  )
+  assert toy.records(folder).keys() == {"aa", "ab", "ac", "ba", "bb", "bc"}
+
+
 def test_a_csv_cell_may_hold_a_list(tmp_path):
   (tmp_path / "x.png").write_bytes(png("red"))
   path = tmp_path / "pairs.csv"

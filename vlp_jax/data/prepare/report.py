@@ -63,17 +63,30 @@ class Progress:
 
 
 class TooMuchSkipped(UserError):
-  """More of a source cannot be used than the user allows."""
+  """More of a source cannot be used than the user allows.
 
+  Attributes:
+    tally: of what was read and skipped so far.
+  """
 
-def check(tally: Tally, max_bad: float) -> None:
-  """Raises `TooMuchSkipped` if it is."""
-  if tally.num_skipped > max_bad * tally.read:
-    raise TooMuchSkipped(
+  def __init__(self, tally: Tally, max_bad: float):
+    super().__init__(
       f"{tally.num_skipped:,} of {tally.read:,} pictures so far have to be "
       f"skipped, more than --max_bad={max_bad:.4g}: {_leading(tally)}; mend "
       "them, or allow more with --max_bad=10%; what is finished is kept"
     )
+    self.tally = tally
+
+
+def is_too_much(tally: Tally, max_bad: float) -> bool:
+  """Whether more is skipped than the user allows."""
+  return tally.num_skipped > max_bad * tally.read
+
+
+def check(tally: Tally, max_bad: float) -> None:
+  """Raises `TooMuchSkipped` if it is."""
+  if is_too_much(tally, max_bad):
+    raise TooMuchSkipped(tally, max_bad)
 
 
 def nothing(source: str, tally: Tally) -> str:

@@ -33,6 +33,8 @@ from vlp_jax.errors import UserError
 
 VERSION = "1.0.0"
 TABLE = "table.sqlite"  # of the entries, in the scratch folder
+_PLAN = "plan.json"
+_STOPPED = "stopped.json"  # the tally with which too much was skipped
 _MOST_SHARDS = 1024  # of a split
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _RESERVED = {"image", "frames", "captions", "image_id"}
@@ -151,14 +153,13 @@ def prepare(options: Options, write: Write | None = None) -> None:
   scratch = final.parent.parent / f".{options.name}.preparing"
   with _locked(scratch):
     _forget_others(scratch, _fingerprint(options, parts))
+    _forget_skipping(scratch, options.max_bad, parts)
     plan = _read_plan(scratch) or _list(options, parts, scratch)
     try:
       report.check(plan.tally, options.max_bad)
       total = (write or write_here)(options, plan, scratch)
-    except report.TooMuchSkipped:  # what is mended is looked at again
-      shards.forget_skipping(plan.shards, scratch)
-      if any(part.path.is_dir() for part in parts):
-        (scratch / "plan.json").unlink()
+    except report.TooMuchSkipped as e:
+      shards.write_json(scratch / _STOPPED, dataclasses.asdict(e.tally))
       raise
     shutil.rmtree(scratch)
   report.show(options, final, total)
@@ -222,15 +223,13 @@ def _list(
   with Table(scratch / TABLE) as table:
     found = table.shards(options.records_per_shard, _MOST_SHARDS)
   plan = Plan(tally, kinds.found(), tuple(found))
-  partial = scratch / "plan.partial"
-  partial.write_text(json.dumps(dataclasses.asdict(plan)))
-  partial.rename(scratch / "plan.json")
+  shards.write_json(scratch / _PLAN, dataclasses.asdict(plan))
   return plan
 
 
 def _read_plan(scratch: pathlib.Path) -> Plan | None:
   try:
-    plan = json.loads((scratch / "plan.json").read_text())
+    plan = json.loads((scratch / _PLAN).read_text())
   except FileNotFoundError:
     return None
   return Plan(
@@ -310,13 +309,35 @@ def _forget_others(scratch: pathlib.Path, fingerprint: str) -> None:
   """Empties the folder if it is of another source or other options."""
   mark = scratch / "fingerprint"
   if mark.is_file() and mark.read_text() == fingerprint:
-    if (scratch / "plan.json").is_file():
+    if (scratch / _PLAN).is_file():
       print(f"going on with what is in {scratch}", file=sys.stderr)
     return
   for path in scratch.iterdir():
     if path.name != "lock":
       shutil.rmtree(path) if path.is_dir() else path.unlink()
   mark.write_text(fingerprint)
+
+
+def _forget_skipping(
+  scratch: pathlib.Path, max_bad: float, parts: Sequence[sources.Part]
+) -> None:
+  """Forgets what lacks entries, if that has stopped it and would again.
+
+  Then something has been mended, which is to be looked at; where more is
+  allowed than before, all that is finished stays.
+  """
+  stopped = scratch / _STOPPED
+  if not stopped.is_file():
+    return
+  tally = Tally(**json.loads(stopped.read_text()))
+  if not report.is_too_much(tally, max_bad):
+    return
+  plan = _read_plan(scratch)
+  if plan is not None:
+    shards.forget_skipping(plan.shards, scratch)
+    if any(part.path.is_dir() for part in parts):
+      (scratch / _PLAN).unlink()
+  stopped.unlink()
 
 
 @contextlib.contextmanager

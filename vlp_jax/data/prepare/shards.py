@@ -171,9 +171,13 @@ def _write_note(folder: pathlib.Path, written: Written) -> None:
     "file_bytes": written.path.stat().st_size,
     "tally": dataclasses.asdict(written.tally),
   }
-  path = _path(folder, written.shard).with_suffix(".json")
+  write_json(_path(folder, written.shard).with_suffix(".json"), note)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes a file that is there when it is complete."""
   partial = path.with_suffix(".json.partial")
-  partial.write_text(json.dumps(note))
+  partial.write_text(json.dumps(value))
   partial.rename(path)
 
 

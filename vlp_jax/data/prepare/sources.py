@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import glob
 import os
 import pathlib
+import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from vlp_jax.data import splits
 from vlp_jax.data.prepare import entries, folders, lists, tars
@@ -27,10 +29,18 @@ class Part:
   Attributes:
     path: of the list, the tar or the folder.
     split: that all of it belongs to, or "".
+    prefix: folder that ids begin with, but for those of `--id_column`; "" for
+      none.
   """
 
   path: pathlib.Path
   split: str = ""
+  prefix: str = ""
+
+  @property
+  def folder(self) -> pathlib.Path:
+    """The folder of its pictures, of its list or of its tar."""
+    return self.path if self.path.is_dir() else self.path.parent
 
   def scan(
     self, columns: lists.Columns, tally: entries.Tally, scratch: pathlib.Path
@@ -44,8 +54,12 @@ class Part:
         found = tars.scan(self.path, columns, tally, spill)
       else:
         found = lists.scan(self.path, columns, tally, spill)
+      prefix = "" if columns.image_id else entries.text_id(self.prefix)
       for entry in found:
-        yield entry._replace(split=self.split) if self.split else entry
+        yield entry._replace(
+          image_id=posixpath.join(prefix, entry.image_id),
+          split=self.split or entry.split,
+        )
 
   def fingerprint(self) -> str:
     """Returns what changes when the part does; of a folder, its name only."""
@@ -59,7 +73,8 @@ def find(source: str) -> list[Part]:
   """Returns the parts of what `--source` says.
 
   It is a path, with `*` or `{000..099}` if it stands for several; or several
-  with their splits, as in `train=a.jsonl,test=b.jsonl`.
+  with their splits, as in `train=a.jsonl,test=b.jsonl`. Where those of a split
+  lie in several folders, ids begin with them.
 
   Raises:
     UserError: if there is nothing, or nothing that can be read.
@@ -75,10 +90,23 @@ def find(source: str) -> list[Part]:
       split, _, path = piece.partition("=")
       split = splits.canonical(split)
       parts += [dataclasses.replace(p, split=split) for p in find(path)]
-    return parts
+    return _with_prefixes(parts)
   paths = _expand(source)
   parts = [part for path in paths for part in _parts(path)]
-  return sorted(parts, key=lambda part: str(part.path))
+  return _with_prefixes(sorted(parts, key=lambda part: str(part.path)))
+
+
+def _with_prefixes(parts: Sequence[Part]) -> list[Part]:
+  """Names the folders of each split's parts, as seen from their common one."""
+  folders = collections.defaultdict(set)
+  for part in parts:
+    folders[part.split].add(part.folder)
+  common = {split: os.path.commonpath(f) for split, f in folders.items()}
+  below = [part.folder.relative_to(common[part.split]) for part in parts]
+  return [
+    dataclasses.replace(part, prefix="/".join(folder.parts))
+    for part, folder in zip(parts, below, strict=True)
+  ]
 
 
 def _expand(source: str) -> list[pathlib.Path]:
