@@ -7,8 +7,9 @@ declare -A flags=()
 
 # How the commands of vlp_jax end: vlp_jax/command.py.
 readonly MISTAKE=2 PREEMPTED=75 LOST=69
-# How JAX ends a process that misses another one: SIGABRT.
-readonly ABORTED=134
+# How JAX ends a process that misses another one: SIGABRT. How a machine ends
+# one when it is taken away: SIGKILL, or SIGTERM where nothing is to be saved.
+readonly ABORTED=134 KILLED=137 TERMINATED=143
 
 # Set by a script that was itself told to stop: nothing starts again then.
 stopped=no
@@ -142,17 +143,21 @@ read_env() {
   done
 }
 
+# Whether a status is that of a loss: of another process, or of the machine.
+is_loss() { [[ "$1" =~ ^($LOST|$ABORTED|$KILLED|$TERMINATED)$ ]]; }
+
 # Sets `rank` of a status among those of one run.
 #
-# A loss comes last: it only says that another process has ended, and that one's
-# status says why.
+# A loss comes last: if another process has failed, its status says why.
 _rank_of() {
   case "$1" in
     0) rank=0 ;;
-    "$LOST" | "$ABORTED") rank=1 ;;
     "$PREEMPTED") rank=3 ;;
     "$MISTAKE") rank=4 ;;
-    *) rank=2 ;;
+    *)
+      rank=2
+      ! is_loss "$1" || rank=1
+      ;;
   esac
 }
 
@@ -166,17 +171,20 @@ weigh() {
   ((rank <= before)) || worst="$1"
 }
 
-# Calls a function again while it returns 75 or 69, --max_restarts times at most.
+# Calls a function again while it returns 75 or a loss, --max_restarts times at
+# most.
 with_restarts() {
   local status restarts=0 why
   while true; do
     status=0
     "$1" || status=$?
-    case "$status" in
-      "$PREEMPTED") why="preempted" ;;
-      "$LOST") why="a process is lost" ;;
-      *) break ;;
-    esac
+    if ((status == PREEMPTED)); then
+      why="preempted"
+    elif is_loss "$status"; then
+      why="a process is lost"
+    else
+      break
+    fi
     if [[ "$stopped" == yes ]]; then
       break
     elif ((restarts >= flags[max_restarts])); then

@@ -6,15 +6,16 @@
 #   --devices=D        CPU devices of each process (default 1)
 #   --grace=SECONDS    once a process has failed, how long the others may take
 #                      to end by themselves, and then after SIGTERM (default 60)
-#   --max_restarts=R   start again after 75 and 69, at most R times (default 0)
+#   --max_restarts=R   start again after 75 and after a loss, at most R times
+#                      (default 0)
 #   --env=FILE         environment of the processes (default launch/env/cpu.env)
 #   --dry_run          print the commands, run nothing
 #
 # Lines of process i begin with [i]. SIGTERM and SIGINT become SIGTERM for all
 # processes, which then save; a second one becomes SIGKILL. Ends with 2 if a
 # process did (something must be mended), else with 75 if one did (preempted and
-# saved), else with the status of the first that failed by itself, else with 69
-# or 134 (some missed another).
+# saved), else with the status of the first that failed by itself, else with that
+# of a loss: 69 or 134 (it missed another), 137 or 143 (it was killed).
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

@@ -57,11 +57,11 @@ readonly at_once=64
 tpus=(gcloud compute tpus queued-resources)
 # How many workers the slices have at least.
 workers="${flags[num_slices]}"
-# State of the queued resource: see `look`.
-now=""
-# Whether the slices are to be there, with the tree installed.
+# State of the queued resource, and whether it was ever seen: see `look`.
+now="" seen=no
+# Whether the slices are to be there, with the tree installed: yes, no or never.
 made=yes
-# Whether a worker has ever answered.
+# Whether a worker has ever said anything.
 reached=no
 
 # Prints the software that an accelerator needs.
@@ -92,9 +92,10 @@ workers_of() {
 # Sets `now` to the state of the queued resource; to "" if there is none.
 #
 # Only "not found" says that there is none: the network, the service and the
-# login fail at times, and are asked again. What is not allowed stays so.
+# login fail at times, and are asked again. What is not allowed stays so, and
+# what has never worked is asked five times.
 look() {
-  local errors reason
+  local errors reason tries=0
   now=""
   [[ "${flags[dry_run]}" == no ]] || return 0
   errors="$(mktemp)"
@@ -104,16 +105,27 @@ look() {
     reason="$(grep -m 1 ERROR "$errors" || head -n 1 "$errors")"
     # gcloud writes a status of the service in several ways.
     case "${reason,,}" in
-      *permission* | *invalid[_\ ]argument* | *"command not found"*)
+      *permission* | *invalid[_\ ]argument* | *"command not found"* | \
+        *"invalid choice"* | *"error parsing [queued_resource]"* | \
+        *"property ["*"] is not currently set"* | \
+        *"do not currently have an active account"*)
+        # Some say in further lines what is lacking.
+        reason="$(sed -n '/ERROR/,$p' "$errors")"
         rm -f "$errors"
         fail "cannot see the state of ${flags[name]}: $reason"
         ;;
       *not[_\ ]found* | *"httperror 404"*) break ;;
     esac
+    if [[ "$seen$reached" == nono ]] && ((++tries == 5)); then
+      rm -f "$errors"
+      tell "cannot see the state of ${flags[name]}, giving up: $reason"
+      exit 1
+    fi
     tell "cannot see the state of ${flags[name]}; trying again: $reason"
     sleep "${flags[poll]}" || true
     [[ "$stopped" == no ]] || break
   done
+  seen=yes
   rm -f "$errors"
 }
 
@@ -183,11 +195,11 @@ on_workers() {
 
 # Runs a command on all workers, each of which ends with a line launch-status=N.
 #
-# Returns the worst of these: see `weigh`. If it is 0, but some workers have said
-# nothing, it returns 255, or 2 if gcloud does not know its flags. gcloud itself
-# leaves out slices that are gone, with a warning, and ends with 0.
+# Returns the worst of these: see `weigh`. If that is neither 2 nor 75, and some
+# workers have said nothing, it returns 255, or 2 if gcloud does not know its
+# flags. gcloud leaves out slices that are gone with a warning, and ends with 0.
 ask_workers() {
-  local status=0 worst=0 file answer answers
+  local statuses=(0 0) worst=0 file answer answers
   if [[ "${flags[dry_run]}" == yes ]]; then
     on_workers "$1"
     return
@@ -195,24 +207,29 @@ ask_workers() {
   file="$(mktemp)"
   on_workers "$1" | awk -v file="$file" '
     /^launch-status=[0-9]+$/ { print substr($0, 15) > file }
-    { print; fflush() }' || status="${PIPESTATUS[0]}"
+    /^launch(-status=|: connected)/ { reached = 1 }
+    { print; fflush() }
+    END { exit !reached }' || statuses=("${PIPESTATUS[@]}")
+  ((statuses[1])) || reached=yes
   mapfile -t answers <"$file"
   rm -f "$file"
   for answer in "${answers[@]}"; do
-    reached=yes
     weigh "$answer"
   done
-  if ((worst == 0 && (status || ${#answers[@]} < workers))); then
+  if ((worst == MISTAKE || worst == PREEMPTED)); then
+    return "$worst"
+  elif ((${#answers[@]} < workers || (worst == 0 && statuses[0]))); then
     [[ "$stopped" == yes ]] ||
       tell "${#answers[@]} of $workers workers have said how they ended;" \
-        "gcloud ended with $status"
+        "gcloud ended with ${statuses[0]}"
     worst="$SSH_LOST"
-    ((status != MISTAKE)) || worst="$MISTAKE"
+    ((statuses[0] != MISTAKE)) || worst="$MISTAKE"
   fi
   return "$worst"
 }
 
-# Copies what is needed of this tree, and installs it. Returns as `ask_workers`.
+# Copies what is needed of this tree, and installs it. Returns as `ask_workers`;
+# workers say only 0 or 1, since 2 of tar or uv is no mistake of the user's.
 install() {
   local archive=/tmp/vlp_jax.tar.gz command status=0
   [[ "${flags[dry_run]}" == yes ]] || archive="$(mktemp --suffix=.tar.gz)"
@@ -222,10 +239,10 @@ install() {
       "${where[@]}" --node=all --worker=all || status=$?
   run rm -f "$archive"
   ((status == 0)) || return "$SSH_LOST"
-  command="trap 's=\$?; echo; echo launch-status=\$s' EXIT"
+  command="trap 's=\$((\$? != 0)); echo; echo launch-status=\$s; exit \$s' EXIT"
   command+="; mkdir -p vlp_jax && tar -xzf vlp_jax.tar.gz -C vlp_jax"
   command+=" && bash vlp_jax/launch/worker.sh install"
-  [[ -z "${flags[setup]}" ]] || command+=" && ${flags[setup]}"
+  [[ -z "${flags[setup]}" ]] || command+=" && eval $(quote "${flags[setup]}")"
   ask_workers "$command"
 }
 
@@ -235,6 +252,8 @@ make() {
   { create && install; } || status=$?
   if [[ "$stopped" == yes ]]; then
     return "$PREEMPTED"
+  elif ((status == 1)) && [[ "$made" == no ]]; then
+    tell "the installation failed"
   elif ((status != SSH_LOST)); then
     return "$status"
   fi
@@ -249,15 +268,18 @@ make() {
   return "$PREEMPTED"
 }
 
+# Runs the command on all workers, as a launch of its own: see worker.sh.
 run_on_workers() {
+  local id
+  id="$(date +%s)-$RANDOM"
   ask_workers "$(quote env "${settings[@]}" bash vlp_jax/launch/worker.sh run \
-    "${command[@]}")"
+    "$id" "${command[@]}")"
 }
 
 # Runs the command once; 75 or 69 if it is to be started again.
 run_once() {
   local status=0
-  if [[ "$made" == no ]]; then
+  if [[ "$made" != yes ]]; then
     make || return
     made=yes
   fi
@@ -267,18 +289,21 @@ run_once() {
   elif [[ "$stopped" == yes ]]; then
     return "$PREEMPTED"
   fi
-  case "$status" in
-    "$LOST" | "$ABORTED" | "$SSH_LOST")
-      # The state follows some time after the machines.
-      tell "a worker or its connection is lost ($status); looking again"
-      sleep "${flags[poll]}" || true
-      status="$LOST"
-      ;;
-  esac
+  if is_loss "$status" || ((status == SSH_LOST)); then
+    # The state follows some time after the machines.
+    tell "a worker or its connection is lost ($status); looking again"
+    sleep "${flags[poll]}" || true
+    status="$LOST"
+  fi
   look
-  if [[ "$now" != ACTIVE && "$stopped" == no ]]; then
+  if [[ "$stopped" == yes ]]; then
+    return "$status"
+  elif [[ "$now" != ACTIVE ]]; then
     tell "${flags[name]} is ${now:-gone}; making it again"
     made=no status="$PREEMPTED"
+  elif [[ "$reached" == no ]]; then
+    tell "cannot reach any worker of ${flags[name]}; see what gcloud says"
+    return 1
   fi
   return "$status"
 }
@@ -294,24 +319,35 @@ run_command() {
   return "$status"
 }
 
-collect() {
-  local to="${flags[to]:-runs/${flags[name]}}"
+# Copies into a folder of its own first: what was there before says nothing.
+collect() (
+  to="${flags[to]:-runs/${flags[name]}}" status=0
   need from
-  run mkdir -p "$to"
-  run "${tpus[@]}" scp --recurse "${flags[name]}:${flags[from]}" "$to" \
-    "${where[@]}" --node=0 --worker=0
-  # gcloud leaves out a slice that is gone, and ends with 0.
-  [[ "${flags[dry_run]}" == no ]] || return 0
-  if [[ ! -e "$to/$(basename "${flags[from]}")" ]]; then
-    tell "nothing was copied: the first slice is gone"
-    return 1
+  fresh="$to/.collect"
+  run mkdir -p "$to" || exit 1
+  if [[ "${flags[dry_run]}" == no ]]; then
+    fresh="$(mktemp -d "$fresh.XXXX")" || exit 1
   fi
-}
+  trap 'run rm -rf "$fresh"' EXIT
+  run "${tpus[@]}" scp --recurse "${flags[name]}:${flags[from]}" "$fresh" \
+    "${where[@]}" --node=0 --worker=0 || status=$?
+  # gcloud leaves out a slice that is gone, and ends with 0.
+  if [[ "${flags[dry_run]}" == no && -z "$(ls -A "$fresh")" ]]; then
+    tell "nothing was copied: ${flags[from]} is not there, or the first slice"
+    status=1
+  fi
+  if ! run cp -rf "$fresh/." "$to"; then
+    tell "what was copied is in $fresh"
+    trap - EXIT
+    status=1
+  fi
+  return "$status"
+)
 
 all() {
   local status=0
   trap 'delete || tell "NOT DELETED, and billed until it is: ${flags[name]}"' EXIT
-  made=no
+  made=never
   run_command || status=$?
   [[ -z "${flags[from]}" ]] || collect || status="${status/#0/1}"
   return "$status"

@@ -4,10 +4,13 @@
 Which one it is says the name that it is called by. State is in the folder
 $STANDIN: `calls`, one JSON list of arguments a line; `state` of the queued
 resource, `next`, that of one just asked for, and `later`, what `describe` finds
-then, one a line; `errors`, lines that `describe` fails with first; `gone`, the
-slices that are preempted, one a line; `plan` of one preemption, lines HOW and
-FILES: once they are there, workers get SIGTERM ("term"), or die and the queued
-resource is suspended ("suspend"), or is as before for now ("lag").
+then, one a line; `errors`, lines that `describe` fails with first; `ssh`, the
+status of a gcloud that reaches no worker; `uv`, that of its installations;
+`gone`, the slices that are preempted, one a line; `plan` of one preemption,
+lines HOW and FILES: once they are there, workers get SIGTERM ("term"), or die
+and the queued resource is suspended ("suspend"), or is as before for now
+("lag"); or the first worker dies and comes back ("die"), or its connection does
+("break").
 """
 
 import json
@@ -51,44 +54,89 @@ def pop(name: str) -> str:
   return first
 
 
-def preemption(workers: list[subprocess.Popen]) -> bool:
-  """Carries out the plan if its time has come; tells if machines are lost."""
+class Worker:
+  """A command on a worker, and the connection to it."""
+
+  def __init__(self, command: list[str], environ: dict):
+    self.command, self.environ = command, environ
+    self.lost, self.attempts = False, 0
+    self.connect()
+
+  def connect(self) -> None:
+    """Starts the command."""
+    home = pathlib.Path(self.environ.get("HOME", STATE))
+    home.mkdir(parents=True, exist_ok=True)
+    self.process = subprocess.Popen(
+      self.command,
+      cwd=home if "HOME" in self.environ else None,
+      env={**os.environ, **self.environ},
+      start_new_session=True,
+      stdout=subprocess.PIPE,
+    )
+    self.connection = subprocess.Popen(["cat"], stdin=self.process.stdout)
+    self.process.stdout.close()
+    self.broken = False
+    self.attempts += 1
+
+  def disconnect(self) -> None:
+    """Leaves the command to itself."""
+    self.broken = True
+    self.connection.kill()
+    self.connection.wait()
+
+  def kill(self, sign: int) -> None:
+    """Signals the command, or all processes of a machine of gcloud's."""
+    if NAME == "gcloud":
+      os.killpg(self.process.pid, sign)
+    else:
+      self.process.send_signal(sign)
+    self.lost = sign == signal.SIGKILL
+
+  def status(self) -> int | None:
+    """The status, if it has ended; 255 if the connection has."""
+    if self.broken:
+      return 255
+    if self.process.poll() is None or self.connection.poll() is None:
+      return None
+    status = self.process.returncode
+    if self.lost or (status < 0 and NAME == "gcloud"):
+      return 255
+    return status if status >= 0 else 128 - status
+
+  def poll(self) -> int | None:
+    """As `status`; gcloud first tries again what has ended with 255."""
+    status = self.status()
+    again = NAME == "gcloud" and not self.lost and self.attempts < 10
+    if status != 255 or not again:
+      return status
+    print("Retrying: SSH command error", file=sys.stderr)
+    return self.connect()
+
+
+def preemption(workers: list[Worker]) -> None:
+  """Carries out the plan if its time has come."""
   how, *triggers = read("plan").splitlines() or [""]
   if not how or not all(pathlib.Path(path).exists() for path in triggers):
-    return False
+    return
   (STATE / "plan").unlink()
+  if how == "break":
+    workers[0].disconnect()
+    return
   if how == "suspend":
     (STATE / "state").write_text("SUSPENDED")
   elif how == "lag":
     (STATE / "gone").write_text("\n".join(map(str, range(slices()))))
-  for worker in workers:
-    sign = signal.SIGTERM if how == "term" else signal.SIGKILL
-    if NAME == "gcloud":  # the machine shuts down: all its processes
-      os.killpg(worker.pid, sign)
-    else:
-      worker.send_signal(sign)
-  return how != "term"
+  for worker in workers[:1] if how == "die" else workers:
+    worker.kill(signal.SIGTERM if how == "term" else signal.SIGKILL)
 
 
 def run_all(commands: list[list[str]], environs: list[dict]) -> list[int]:
-  """Runs commands at the same time: their statuses, 255 where all is lost."""
-  workers = []
-  for command, environ in zip(commands, environs, strict=True):
-    home = pathlib.Path(environ.get("HOME", STATE))
-    home.mkdir(parents=True, exist_ok=True)
-    workers.append(
-      subprocess.Popen(
-        command,
-        cwd=home if "HOME" in environ else None,
-        env={**os.environ, **environ},
-        start_new_session=True,
-      )
-    )
-  lost = False
-  while any(worker.poll() is None for worker in workers):
-    lost = preemption(workers) or lost
+  """Runs commands at the same time: their statuses, 255 where one is lost."""
+  workers = [Worker(*each) for each in zip(commands, environs, strict=True)]
+  while None in (statuses := [worker.poll() for worker in workers]):
+    preemption(workers)
     time.sleep(0.01)
-  return [255 if lost else worker.returncode for worker in workers]
+  return statuses
 
 
 def slices() -> int:
@@ -158,12 +206,18 @@ def gcloud() -> int:
         home.mkdir(exist_ok=True)
         shutil.copy(source, home / target.partition(":")[2])
     elif homes := ready():
-      name = source.partition(":")[2]
-      shutil.copytree(
-        homes[0] / name, pathlib.Path(target) / pathlib.Path(name).name
-      )
+      found = sorted(homes[0].glob(source.partition(":")[2]))
+      for path in found:
+        copied = pathlib.Path(target) / path.name
+        if path.is_dir():
+          shutil.copytree(path, copied, dirs_exist_ok=True)
+        else:
+          shutil.copy(path, copied)
+      return 0 if found else 1
   elif verb == "ssh":
     given = flags_of(*where, "node", "worker", "command")
+    if status := read("ssh"):
+      return int(status)
     homes = ready()
     statuses = run_all(
       [["bash", "-c", given["command"]] for _ in homes],
@@ -247,10 +301,10 @@ def srun() -> int:
   )
   for i, status in enumerate(statuses):
     if status:
-      print(
-        f"srun: error: node: task {i}: Exited with exit code {status}",
-        file=sys.stderr,
-      )
+      how = f"Exited with exit code {status}"
+      if status > 128:  # by a signal
+        how = signal.strsignal(status - 128) or how
+      print(f"srun: error: node: task {i}: {how}", file=sys.stderr)
   return max(statuses)
 
 
@@ -290,7 +344,8 @@ def uv() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "python").exists():
       (folder / "python").symlink_to(sys.executable)
-  return 0
+    return 0
+  return int(read("uv", "0"))
 
 
 if __name__ == "__main__":

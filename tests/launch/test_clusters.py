@@ -52,11 +52,27 @@ def test_a_run_that_has_lost_a_process_goes_on(cloud, script):
 
 
 @pytest.mark.parametrize("script", ["gke_xpk.sh", "slurm.sh"])
+@pytest.mark.parametrize("sign", ["ABRT", "KILL", "TERM"])
+def test_a_run_that_was_killed_goes_on(cloud, script, sign):
+  code = 'echo "starts at"; [[ ${WORKER:-$SLURM_PROCID} == 1 ]] || exit 0;'
+  code += f" [[ -e once ]] || {{ touch once; kill -{sign} $$; }}"
+  end = ("--", "bash", "-c", code)
+  result = cloud.launch(script, *COMMANDS[script], *end)
+  assert result.returncode == 0
+  job = cloud.folder / "cloud" / "job"
+  assert not job.exists() or job.read_text() == "0"
+  log = cloud.folder / "slurm-7.out"
+  out = log.read_text() if log.exists() else result.stdout
+  assert out.count("starts at") == 4
+
+
+@pytest.mark.parametrize("script", ["gke_xpk.sh", "slurm.sh"])
 @pytest.mark.parametrize("other", [1, 2])
-def test_a_failure_that_others_miss_ends_the_run(cloud, script, other):
-  """The others end with 69; a restart would fail in the same way."""
+@pytest.mark.parametrize("loss", ["exit 69", "kill -KILL $$"])
+def test_a_failure_that_others_miss_ends_the_run(cloud, script, other, loss):
+  """The others end as after a loss; a restart would fail in the same way."""
   code = 'echo "starts at"; [[ ${WORKER:-$SLURM_PROCID} == 1 ]] && '
-  code += f"exit {other}; exit 69"
+  code += f"exit {other}; {loss}"
   command = ("--", "bash", "-c", code)
   result = cloud.launch(script, *COMMANDS[script], *command)
   if script == "slurm.sh":

@@ -63,6 +63,15 @@ def test_processes_that_were_lost_start_again(tmp_path):
   assert len(done(tmp_path)) == 2
 
 
+@pytest.mark.parametrize("sign", ["ABRT", "KILL", "TERM"])
+def test_processes_that_were_killed_start_again(tmp_path, sign):
+  once = f"[[ -e $0 ]] || {{ touch $0; kill -{sign} $$; }}"
+  end = ("--", "bash", "-c", once, tmp_path / "once")
+  result = launch("local.sh", 1, "--max_restarts=1", *end)
+  assert result.returncode == 0
+  assert "a process is lost; restart 1 of at most 1" in result.stderr
+
+
 def test_a_failure_comes_before_a_loss(tmp_path):
   code = "import os, sys; i = int(os.environ['JAX_PROCESS_ID']);"
   code += "import time; time.sleep(0.5 * i); sys.exit((69, 7)[i])"

@@ -21,7 +21,10 @@ DRY = [
   ("tpu_vm.sh", ("install", *TPU), ["tar", "gcloud", "rm"]),
   ("tpu_vm.sh", ("run", *TPU, *END), ["gcloud"]),
   ("tpu_vm.sh", ("status", *TPU), ["gcloud"]),
-  ("tpu_vm.sh", ("collect", *TPU, "--from=runs"), ["mkdir", "gcloud"]),
+  (
+    *("tpu_vm.sh", ("collect", *TPU, "--from=runs")),
+    ["mkdir", "gcloud", "cp", "rm"],
+  ),
   ("tpu_vm.sh", ("delete", *TPU), ["gcloud"]),
   ("tpu_vm.sh", ("all", *TPU, *END), ["gcloud", "tar", "rm"]),
   ("gke_xpk.sh", ("create", *GKE), ["xpk"]),

@@ -41,13 +41,52 @@ def test_an_installation_on_no_worker_is_told(cloud):
   assert "0 of 2 workers" in result.stderr
 
 
+def results(cloud):
+  """Puts results on the first worker, and older ones where they go."""
+  there = cloud.folder / "cloud" / "worker 0.0" / "runs"
+  here = cloud.folder / "here"
+  for runs, files in ((there, "ab"), (here / "runs", "bc")):
+    runs.mkdir(parents=True)
+    for name in files:
+      (runs / name).write_text(runs.parent.name)
+  return here
+
+
 def test_what_was_not_copied_is_told(cloud):
+  """Also if there is something of an earlier time."""
   installed(cloud)
+  here = results(cloud)
   cloud.write("gone", "0")
-  to = f"--to={cloud.folder / 'here'}"
-  result = launch(cloud, "collect", "--from=results", to)
+  result = launch(cloud, "collect", "--from=runs", f"--to={here}")
   assert result.returncode == 1
   assert "nothing was copied" in result.stderr
+  assert [path.name for path in here.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize("name", ["runs", "run*", "runs/*"])
+def test_what_was_copied_is_put_in_its_place(cloud, name):
+  """Whatever its name is; it is merged with what is there."""
+  installed(cloud)
+  here = results(cloud)
+  result = launch(cloud, "collect", f"--from={name}", f"--to={here}")
+  assert result.returncode == 0, result.stderr
+  copied = here if "/" in name else here / "runs"
+  assert (copied / "a").read_text() == "worker 0.0"
+  assert (copied / "b").read_text() == "worker 0.0"
+  assert (here / "runs" / "c").read_text() == "here"
+  assert not list(here.glob(".collect*"))
+
+
+def test_what_cannot_be_put_in_its_place_is_kept(cloud):
+  """The slices may be deleted next."""
+  installed(cloud)
+  here = results(cloud)
+  (here / "runs" / "a").mkdir()
+  result = launch(cloud, "collect", "--from=runs", f"--to={here}")
+  assert result.returncode == 1
+  (fresh,) = here.glob(".collect*")
+  assert f"what was copied is in {fresh}" in result.stderr
+  assert (fresh / "runs" / "a").read_text() == "worker 0.0"
 
 
 @pytest.mark.parametrize("action", ["create", "all"])
@@ -74,11 +113,43 @@ def test_what_is_not_found_is_made(cloud, words):
   assert cloud.verbs(*QUEUED).index("create") == 1
 
 
-def test_a_look_that_is_denied_ends_at_once(cloud):
-  cloud.write("errors", f"{ERROR}PERMISSION_DENIED: no such right\n")
+@pytest.mark.parametrize(
+  "words",
+  [
+    "PERMISSION_DENIED: no such right",
+    "Error parsing [queued_resource].",
+    "The required property [project] is not currently set.",
+    "You do not currently have an active account selected.",
+    "Invalid choice: 'queued-resources'.",
+  ],
+)
+def test_a_look_that_cannot_succeed_ends_at_once(cloud, words):
+  cloud.write("errors", f"{ERROR}{words}\n" * 9)
   result = launch(cloud, "create")
   assert result.returncode == 2
-  assert "no such right" in result.stderr
+  (line,) = result.stderr.splitlines()
+  assert line.startswith("error: ") and words in line
+
+
+def test_a_look_that_never_succeeds_ends(cloud):
+  cloud.write("errors", f"{ERROR}what is this?\n" * 9)
+  result = launch(cloud, "create")
+  assert result.returncode == 1
+  assert result.stderr.count("trying again") == 4
+  assert result.stderr.splitlines()[-1].endswith(
+    f"giving up: {ERROR}what is this?"
+  )
+
+
+def test_a_look_that_has_succeeded_may_fail_for_long(cloud):
+  """So may one after a run: a worker has been reached."""
+  folder = cloud.folder / "shared"
+  installed(cloud)
+  cloud.plan("term", folder / "at-2-0.0", folder / "at-2-0.1")
+  cloud.write("errors", f"{ERROR}UNAVAILABLE: 503\n" * 9)
+  result = launch(cloud, "run", "--", "python", TOY, folder, "wait")
+  assert result.returncode == 0, result.stderr
+  assert result.stderr.count("trying again") == 9
 
 
 def test_a_slice_that_is_taken_while_it_is_made_is_made_again(cloud):
@@ -109,7 +180,45 @@ def test_the_restarts_of_making_are_counted(cloud):
   assert cloud.verbs(*QUEUED)[-1] == "delete"
 
 
-@pytest.mark.parametrize("status", [69, 134])
+def test_what_was_installed_before_is_tried_again(cloud):
+  folder = cloud.folder / "shared"
+  installed(cloud)
+  cloud.plan("suspend", folder / "at-2-0.0", folder / "at-2-0.1")
+  once = "test -e once || { touch once; exit 2; }"
+  end = (f"--setup={once}", "--", "python", TOY, folder, "wait")
+  result = launch(cloud, "run", *end)
+  assert result.returncode == 0, result.stderr
+  assert result.stderr.count("the installation failed") == 1
+  assert "restart 2 of at most 100" in result.stderr
+  assert done(folder) == ["done-0.0", "done-0.1"]
+
+
+def test_a_failure_of_some_while_others_are_silent_is_a_loss(cloud):
+  """One machine is gone, and what the other says comes of that."""
+  installed(cloud)
+  homes = [cloud.folder / "cloud" / f"worker 0.{i}" for i in range(2)]
+  cloud.plan("die", *(home / "vlp_jax" / "once" for home in homes))
+  code = "[[ -e once ]] && exit 0; touch once;"
+  code += " [[ $WORKER == 0.0 ]] && sleep 20; sleep 0.5; exit 1"
+  result = launch(cloud, "run", "--", "bash", "-c", code)
+  assert result.returncode == 0, result.stderr
+  assert "1 of 2 workers have said how they ended" in result.stderr
+  assert "is lost; restart 1 of at most 100" in result.stderr
+
+
+@pytest.mark.parametrize(("status", "ends"), [(255, 1), (2, 2)])
+def test_a_run_that_reaches_no_worker_ends(cloud, status, ends):
+  """gcloud ends with 255 without a key, and with 2 at unknown flags."""
+  installed(cloud)
+  cloud.write("ssh", str(status))
+  result = launch(cloud, "run", "--", "python", TOY, "x")
+  assert result.returncode == ends
+  assert "restart" not in result.stderr
+  assert ("cannot reach any worker" in result.stderr) == (ends == 1)
+  assert cloud.verbs(*QUEUED).count("ssh") == 1
+
+
+@pytest.mark.parametrize("status", [69, 134, 137, 143])
 def test_a_lost_process_is_started_again(cloud, status):
   """JAX has missed another one, and the queued resource is still there."""
   installed(cloud)
@@ -121,7 +230,8 @@ def test_a_lost_process_is_started_again(cloud, status):
 
 
 @pytest.mark.parametrize(
-  ("statuses", "worst"), [((75, 2), 2), ((69, 7), 7), ((69, 2), 2)]
+  ("statuses", "worst"),
+  [((75, 2), 2), ((69, 7), 7), ((69, 2), 2), ((137, 7), 7), ((143, 2), 2)],
 )
 def test_what_is_no_loss_ends_the_run(cloud, statuses, worst):
   """The one that fails says why the others have missed it."""

@@ -33,13 +33,17 @@ def done(folder):
   return sorted(path.name for path in folder.glob("done-*"))
 
 
-def start_worker(cloud, who, *end):
+def start_worker(cloud, who, *end, launch=None):
   """Starts the command on the first worker, as a connection to it does."""
   tree = cloud.folder / "cloud" / "worker 0.0" / "vlp_jax" / "launch"
   return subprocess.Popen(
-    ["bash", tree / "worker.sh", "run", "python", TOY, *end],
+    [
+      *("bash", tree / "worker.sh", "run", launch or f"of {who}"),
+      *("python", TOY, *end),
+    ],
     env=environ(WORKER=who),
     stdout=subprocess.PIPE,
+    start_new_session=True,
   )
 
 
@@ -110,6 +114,7 @@ def test_a_run_outlives_its_connection(cloud):
   installed(cloud)
   process = start_worker(cloud, "0.0", folder, "wait")
   wait_for(folder / "at-2-0.0")
+  assert process.stdout.readline().startswith(b"launch: connected to ")
   assert process.stdout.readline().startswith(b"0.0 starts at 0")
   process.stdout.close()
   tree = cloud.folder / "cloud" / "worker 0.0" / "vlp_jax"
@@ -121,6 +126,84 @@ def test_a_run_outlives_its_connection(cloud):
   subprocess.run(stop, env=environ(), check=True, timeout=20)
   assert (folder / "ended-0.0").read_text() == "75"
   assert process.wait(timeout=20) == 75
+
+
+def test_a_broken_connection_leaves_the_command_alone(cloud):
+  """gcloud connects again; the command goes on, and is heard to its end."""
+  folder = cloud.folder / "shared"
+  installed(cloud)
+  cloud.plan("break", folder / "at-2-0.0", folder / "at-2-0.1")
+  process = subprocess.Popen(
+    [
+      *("bash", LAUNCH / "tpu_vm.sh", "run", *WHERE, "--poll=0"),
+      *("--", "python", TOY, folder, "hold"),
+    ],
+    env=environ(STANDIN=str(cloud.folder / "cloud")),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  connected = 0
+  while connected < 3:
+    line = process.stdout.readline()
+    assert line, process.communicate()
+    connected += line.startswith("launch: connected")
+  (folder / "go").touch()
+  out, err = process.communicate(timeout=20)
+  assert process.returncode == 0, err
+  assert "Retrying" in err and "restart" not in err
+  assert "0.0 is at 4\n" in out and out.count("launch-status=0\n") == 2
+  log = cloud.folder / "cloud" / "worker 0.0" / "vlp_jax" / ".launch.log"
+  assert log.read_text().count("starts at") == 1
+  assert not list(folder.glob("ended-*"))
+  assert done(folder) == ["done-0.0", "done-0.1"]
+
+
+def test_a_run_that_has_begun_is_not_begun_again(cloud):
+  """While it runs, and when it has ended, even if another runs by then."""
+  folder = cloud.folder / "shared"
+  installed(cloud)
+  first = start_worker(cloud, "a", folder, "wait", launch="1")
+  wait_for(folder / "at-2-a")
+  again = start_worker(cloud, "b", folder, "wait", launch="1")
+  again.stdout.readline()
+  assert again.stdout.readline() == b"a is at 2\n"
+  other = start_worker(cloud, "c", folder, "wait", launch="2")
+  wait_for(folder / "at-2-c")
+  late = start_worker(cloud, "d", folder, "wait", launch="1")
+  for process in (first, again, late):
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 75
+    assert out.endswith(b"\nlaunch-status=75\n")
+  assert b"c is at" not in out
+  assert other.poll() is None
+  os.killpg(other.pid, signal.SIGTERM)
+  assert other.wait(timeout=20) == 75
+  assert {path.name[-1] for path in folder.glob("step-*")} == {"a", "c"}
+
+
+def test_a_run_that_nobody_has_seen_ending_is_lost(cloud):
+  """The machine has started again, say."""
+  folder = cloud.folder / "shared"
+  installed(cloud)
+  first = start_worker(cloud, "a", folder, "wait", launch="1")
+  wait_for(folder / "at-2-a")
+  os.killpg(first.pid, signal.SIGKILL)
+  first.communicate(timeout=20)
+  again = start_worker(cloud, "b", folder, "wait", launch="1")
+  out, _ = again.communicate(timeout=20)
+  assert out.endswith(b"\nlaunch-status=69\n")
+  assert not (folder / "step-b").exists()
+
+
+def test_a_command_that_ends_as_ssh_does_is_started_once(cloud):
+  """gcloud takes 255 for a broken connection."""
+  installed(cloud)
+  code = "import sys; print('starts'); sys.exit(-1)"
+  result = launch(cloud, "run", "--", "python", "-c", code)
+  assert result.returncode == 1
+  assert result.stdout.count("starts") == 2
+  assert "Retrying" not in result.stderr and "restart" not in result.stderr
 
 
 def test_a_run_leaves_the_next_ones_pid_file(cloud):
@@ -139,7 +222,7 @@ def test_a_run_leaves_the_next_ones_pid_file(cloud):
       ended = (folder / f"ended-{i - 1}").stat().st_mtime_ns
       assert ended < (folder / f"at-1-{i}").stat().st_mtime_ns
     time.sleep(0.2)
-    pid = int((tree / ".launch.pid").read_text())
+    pid = int((tree / ".launch.pid").read_text().split()[0])
     assert os.readlink(f"/proc/{pid}/cwd") == str(tree)
     before = process
   stop = ["bash", tree / "launch" / "worker.sh", "stop"]
@@ -209,6 +292,27 @@ def test_a_request_that_cannot_be_met_says_so(cloud):
   result = launch(cloud, "create")
   assert result.returncode == 1
   assert "is FAILED" in result.stderr
+
+
+@pytest.mark.parametrize("setup", ["false || true", "true;", "true # why"])
+def test_what_cannot_be_installed_is_not_run(cloud, setup):
+  """With 2 of tar or uv as well, nothing of the user's must be mended."""
+  cloud.write("uv", "2")
+  result = launch(cloud, "all", f"--setup={setup}", "--", "python", TOY, "x")
+  assert result.returncode == 1
+  assert "must be mended" not in result.stderr
+  assert "restart" not in result.stderr
+  assert not result.stdout.count("starts")
+  assert cloud.verbs(*QUEUED)[-1] == "delete"
+
+
+@pytest.mark.parametrize("setup", ["true || false", "true;", "true # why"])
+def test_a_setup_may_be_any_words_of_the_shell(cloud, setup):
+  setup = f"echo 'a  b' >c; {setup}"
+  assert launch(cloud, "create").returncode == 0
+  assert launch(cloud, "install", f"--setup={setup}").returncode == 0
+  written = cloud.folder / "cloud" / "worker 0.0" / "c"
+  assert written.read_text() == "a  b\n"
 
 
 def test_the_slices_are_given_back_when_installing_fails(cloud):

@@ -66,7 +66,7 @@ class Cloud:
     )
 
   def plan(self, how: str, *triggers: pathlib.Path) -> None:
-    """Preempts once, as soon as files are there: "term", "suspend", "lag"."""
+    """Preempts once, as soon as files are there: standins.py says how."""
     plan = "\n".join([how, *map(str, triggers)])
     (self.folder / "cloud" / "plan").write_text(plan)
 

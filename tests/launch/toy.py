@@ -1,9 +1,10 @@
 """A command that ends as vlp_jax's do: 0, 2, or 75 once SIGTERM has come.
 
-toy.py FOLDER [wait | mistake | crash | lost] [late]
+toy.py FOLDER [wait | hold | mistake | crash | lost] [late]
 
 With `wait` and `crash`, the first start goes no further than step 2 before
-SIGTERM; process 1 of a `crash` ends with 7. With `lost`, the first start ends
+SIGTERM; process 1 of a `crash` ends with 7. With `hold`, none goes further
+before there is a file FOLDER/go. With `lost`, the first start ends
 as one does that misses another process: with 69. With `late`, a process that
 saves takes half a second longer to end. All print at each step.
 """
@@ -37,7 +38,9 @@ if "lost" in how and step == 0:
 first = step == 0
 until = time.monotonic() + 20
 while step < 4 and time.monotonic() < until:
-  if not (step == 2 and first and {"wait", "crash"} & set(how)):
+  held = first and {"wait", "crash"} & set(how)
+  held = held or ("hold" in how and not (folder / "go").exists())
+  if not (step == 2 and held):
     step += 1
   aside = folder / f"aside-{who}"
   aside.write_text(str(step))
