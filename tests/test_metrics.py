@@ -109,6 +109,20 @@ def test_a_full_disk_is_told_in_one_line(tmp_path):
     metrics.Writer(tmp_path / "none")
 
 
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no device")
+def test_events_on_a_full_disk_are_told_too(tmp_path, monkeypatch):
+  """And nothing waits for what a thread cannot write."""
+  writer = metrics.Writer(tmp_path)
+  with open("/dev/full", "ab", buffering=0) as full:
+    records = writer._events._py_recordio_writer
+    monkeypatch.setattr(records, "_writer", full)
+    for step in range(1, 20):
+      with pytest.raises(UserError, match="No space left"):
+        writer.write(step, {"loss": 1.0})
+    monkeypatch.undo()
+  writer.close()
+
+
 def test_progress_without_a_terminal(capsys):
   with metrics.Progress(400, 8, start=100, interval=3600.0) as progress:
     for step in range(101, 401):

@@ -8,9 +8,9 @@ import pytest
 
 from vlp_jax import quiet
 
-# A future whose event loop is gone when it ends.
+# A future whose event loop is gone when it ends, and a file on a full disk.
 LATE = """
-import asyncio, sys, tensorstore
+import asyncio, errno, sys, tensorstore
 from vlp_jax import quiet
 
 async def leave_waiting():
@@ -26,6 +26,10 @@ class Untold:
   def __del__(self):
     raise RuntimeError("something else")
 
+class File:
+  def __del__(self):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
 if sys.argv[1] == "hushed":
   quiet.hush()
   quiet.hush()
@@ -35,6 +39,7 @@ promise = loop.run_until_complete(leave_waiting())
 loop.close()
 promise.set_result(1)
 Untold()
+File()
 print("done")
 """
 # Tasks that fail when nobody waits for them, of Orbax and of others.
@@ -70,6 +75,7 @@ def test_what_ends_too_late_says_nothing(hushed):
   found = _run(LATE, hushed)
   assert found.stdout == "done\n"
   assert ("Event loop is closed" in found.stderr) == (not hushed)
+  assert ("No space left" in found.stderr) == (not hushed)
   assert "something else" in found.stderr
 
 

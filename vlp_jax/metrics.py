@@ -23,9 +23,11 @@ import rich.box
 import rich.console
 import rich.progress
 import rich.table
-import tensorboardX
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from vlp_jax.errors import UserError
 from vlp_jax.throughput import Throughput, process_age
@@ -59,9 +61,11 @@ class Writer:
       _truncate(self._path, start)
       # Without a buffer: a line is there, or told to be missing, at once.
       self._file = self._path.open("ab", buffering=0)
-      self._events = tensorboardX.SummaryWriter(
-        str(workdir), purge_step=start + 1
-      )
+      # Not its SummaryWriter: that one's thread dies where a disk is full, and
+      # who writes next waits for it, for ever.
+      self._events = EventsWriter(str(self._path.with_name("events")))
+      purge = SessionLog(status=SessionLog.START)
+      self._add(Event(step=start + 1, session_log=purge))
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Writes the metrics of a step at once.
@@ -82,14 +86,20 @@ class Writer:
     }
     with _explained(self._path):
       self._file.write(json.dumps(line).encode() + b"\n")
-    for name, value in values.items():
-      self._events.add_scalar(name, value, step)
+      for name, value in values.items():
+        self._add(Event(step=step, summary=summary.scalar(name, value)))
+      self._events.flush()
+
+  def _add(self, event: Event) -> None:
+    event.wall_time = time.time()
+    self._events.write_event(event)
 
   def close(self) -> None:
     """Closes the files."""
     if self._file is not None:
       self._file.close()
-      self._events.close()
+      with _explained(self._path):
+        self._events.close()
 
 
 def _truncate(path: pathlib.Path, start: int) -> None:

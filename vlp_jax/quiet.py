@@ -1,5 +1,6 @@
-"""Silence for what Orbax and TensorStore print of errors that are told."""
+"""Silence for what is printed of errors that are told."""
 
+import errno
 import functools
 import logging
 import sys
@@ -10,11 +11,12 @@ def hush() -> None:
 
   Orbax logs what it raises. Where one of many files cannot be written, it does
   not wait for the others, and asyncio or TensorStore prints a traceback for
-  each that ends later and finds nobody to tell.
+  each that ends later and finds nobody to tell. And from Python 3.13 on, a file
+  says when it goes that what it still holds does not fit on the disk.
   """
   logging.getLogger("absl").addFilter(_not_orbax)
   logging.getLogger("asyncio").addFilter(_not_orbax_s_task)
-  _hush_late_futures()
+  _hush_what_is_late()
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
@@ -27,12 +29,14 @@ def _not_orbax_s_task(record: logging.LogRecord) -> bool:
 
 
 @functools.cache
-def _hush_late_futures() -> None:
+def _hush_what_is_late() -> None:
   """Puts itself before what shows errors that cannot be raised."""
   show = sys.unraisablehook
 
   def show_others(unraisable) -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
+    error = unraisable.exc_value
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    if not full and str(error) != "Event loop is closed":
       show(unraisable)
 
   sys.unraisablehook = show_others
