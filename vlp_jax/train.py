@@ -191,7 +191,6 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
       if due or owed or ending:
         log(pending)
         pending = None
-      saving = ending or (owed and not in_row.is_open)
       results = {}
       if due:
         try:
@@ -203,7 +202,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
           raise
         writer.write(step, results)
       # What is scored is kept as it is: it may be the best.
-      if saving or config.checkpoint.best_metric in results:
+      scored = config.checkpoint.best_metric in results
+      if ending or (owed and (scored or not in_row.is_open)):
         with progress.pause("saving"):
           save(step, results)
         owed = False
