@@ -1,5 +1,6 @@
 """A mistake of the user's ends in one clear line and status 2."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -111,25 +112,37 @@ def _steps(trace):
 
 
 def test_no_checkpoint_is_made_in_a_row_of_skipped_updates(tmp_path):
-  """It would push out one from before; it is made after the row."""
+  """It would push out one from before; it is made after the row, or scored."""
+  name = "val/retrieval/i2t_r1"
   workdir, _ = commands.train(
     "clip",
     "run",
-    *commands.no_evaluations("configs/clip.py:debug"),
-    "--config.total_steps=12",
+    *commands.no_evaluations("configs/clip.py:debug", but=("validation",)),
+    "--config.total_steps=16",
     "--config.batch_size=4",
-    "--config.checkpoint.every_steps=1",
-    "--config.checkpoint.keep=12",
+    "--config.checkpoint.every_steps=2",
+    "--config.checkpoint.keep=16",
+    f"--config.checkpoint.best_metric={name}",
+    "--config.evals.validation.every_steps=3",
     "--config.optimizer.max_spike=1.01",
     cwd=tmp_path,
   )
-  counts = [0, *(line["train/skipped"] for line in commands.lines(workdir))]
-  skipped = {i for i in range(1, 13) if counts[i] > counts[i - 1]}
-  saved = {i for i in range(1, 13) if i not in skipped} | {12}
-  # The first that is applied after a row is enough.
-  assert saved & {i + 1 for i in skipped}
+  lines = commands.lines(workdir)
+  scored = {line["step"] for line in lines if name in line}
+  assert scored == {3, 6, 9, 12, 15, 16}
+  counts = [line["train/skipped"] for line in lines if "train/skipped" in line]
+  pairs = enumerate(itertools.pairwise([0, *counts]), start=1)
+  skipped = {step for step, (before, after) in pairs if after > before}
+  saved, owed = set(), False
+  for step in range(1, 17):
+    owed |= step % 2 == 0
+    if owed and (step in scored or step not in skipped):
+      saved.add(step)
+      owed = False
   names = {path.name for path in (workdir / "checkpoints").iterdir()}
   assert names == {str(step) for step in saved}
+  # In a row for its score; due, but in a row; scored, but not due.
+  assert saved & skipped and set(range(2, 17, 2)) - saved and scored - saved
 
 
 _FAILING = """

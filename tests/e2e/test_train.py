@@ -165,30 +165,6 @@ def _last_state(workdir):
   return state | {"key": jax.random.key_data(state["key"])}
 
 
-@pytest.mark.parametrize("skipping", [False, True])
-def test_when_checkpoints_are_made(skipping, folder):
-  """Every four steps; a score only keeps one from waiting for a row's end."""
-  name = "val/retrieval/i2t_r1"
-  workdir, _ = commands.train(
-    "clip",
-    f"kept-{skipping}",
-    *commands.no_evaluations("configs/clip.py:debug", but=("validation",)),
-    "--config.total_steps=10",
-    "--config.checkpoint.every_steps=4",
-    "--config.checkpoint.keep=9",
-    "--config.evals.validation.every_steps=3",
-    f"--config.checkpoint.best_metric={name}",
-    f"--config.optimizer.learning_rate={1e30 if skipping else 1e-3}",
-    cwd=folder,
-  )
-  lines = commands.lines(workdir)
-  assert [x["step"] for x in lines if name in x] == [3, 6, 9, 10]
-  last = [x for x in lines if "train/skipped" in x][-1]
-  assert last["train/skipped"] == (9 if skipping else 0)
-  found = {int(p.name) for p in (workdir / "checkpoints").iterdir()}
-  assert found == ({6, 9, 10} if skipping else {4, 8, 10})
-
-
 def test_a_flipped_bit_costs_the_last_checkpoint_alone(unwatched, folder):
   """The other faults are in test_faults.py."""
   workdir = folder / "flipped"
