@@ -109,14 +109,15 @@ def compare(
   return {name: worker.facts for name, worker in workers.items()}, seconds
 
 
-def serve(facts: dict, run: Callable[[int], object], lead: int = 0) -> None:
+def serve(facts: dict, run: Callable[[int], object], lead: int = 1) -> None:
   """A contender's side: says what it is, then runs steps as it is asked to.
 
   Args:
     facts: what it is.
     run: runs so many steps.
     lead: steps that run before those that count. What was made ahead is used
-      up in them.
+      up in them, and memory is there again that a virtual machine's host took
+      back meanwhile.
   """
   print(json.dumps(facts), flush=True)
   for line in sys.stdin:

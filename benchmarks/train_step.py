@@ -30,9 +30,11 @@ The contenders:
 
 Ours have huge pages, as `vlp_jax.main` sees to (`vlp_jax/huge_pages.py`).
 Each has a process of its own, which waits while another one works; they take
-turns, round by round. The table gives medians over rounds. A ratio is taken
-within each round and given as median [least, greatest]. One line of JSON is
-added to `--output`.
+turns, round by round, and a step that does not count goes before each turn's
+(after a rest, memory that a step gave back is slow to come again on some
+virtual machines). The table gives medians over rounds. A ratio is taken within
+each round and given as median [least, greatest]. One line of JSON is added to
+`--output`.
 
 open_clip needs the [parity] extra (docs/parity.md); without it its row and
 ratio are left out. A result means something on a machine that does nothing

@@ -44,6 +44,27 @@ def _start(optimizer, params, ema_params=None, method_state=None):
   )
 
 
+def test_steps_on_cpus_take_whole_vectors_and_little_memory():
+  mesh = _mesh()
+  config = toys.config("clip")
+  method = toys.method("clip")
+  optimizer = skips.skip_nonfinite(optax.sgd(0.1))
+  state = _start(optimizer, toys.params("clip"))
+  shardings = sharding.shardings_for(state, mesh)
+  batch = sharding.put_batch(_batch(), mesh)
+
+  step = train_step.jit_step(config, method, optimizer, mesh, shardings)
+  compiled = step.lower(state, batch).compile()
+  plain = jax.jit(step.__wrapped__, donate_argnums=0).lower(state, batch)
+  usual = plain.compile()
+
+  whole = b"xla_cpu_prefer_vector_width"  # among what it was compiled with
+  assert whole in compiled.runtime_executable().serialize()
+  assert whole not in usual.runtime_executable().serialize()
+  memory, usually = compiled.memory_analysis(), usual.memory_analysis()
+  assert memory.temp_size_in_bytes < usually.temp_size_in_bytes
+
+
 # --- Every method, every mesh, every number of chunks -----------------------
 
 METHODS = {
