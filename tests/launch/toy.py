@@ -27,7 +27,10 @@ saved = folder / f"step-{who}"
 stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
 step = int(saved.read_text()) if saved.exists() else 0
-print(f"{who} starts at {step}, {os.environ.get('LIBTPU_INIT_ARGS', '')[:6]}")
+flags = os.environ.get("LIBTPU_INIT_ARGS", "")[:6]
+print(
+  f"{who} starts at {step}, {flags}\n", end=""
+)  # whole, beside others' lines
 if "mistake" in how:
   sys.exit(2)
 if "crash" in how and who == "1":
@@ -46,7 +49,7 @@ while step < 4 and time.monotonic() < until:
   aside.write_text(str(step))
   aside.replace(saved)
   (folder / f"at-{step}-{who}").touch()
-  print(f"{who} is at {step}", flush=True)
+  print(f"{who} is at {step}\n", end="", flush=True)
   if stop:
     time.sleep(0.5 * ("late" in how))
     (folder / f"ended-{who}").write_text("75")
