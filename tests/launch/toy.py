@@ -28,9 +28,8 @@ stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
 step = int(saved.read_text()) if saved.exists() else 0
 flags = os.environ.get("LIBTPU_INIT_ARGS", "")[:6]
-print(
-  f"{who} starts at {step}, {flags}\n", end=""
-)  # whole, beside others' lines
+# Unbuffered, print writes a line's end apart, and others' lines come between.
+print(f"{who} starts at {step}, {flags}\n", end="")
 if "mistake" in how:
   sys.exit(2)
 if "crash" in how and who == "1":
