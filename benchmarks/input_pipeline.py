@@ -16,7 +16,7 @@ The contenders:
                processes, transforms as torchvision's on Pillow, and open_clip's
                tokenizer: what open_clip does
   webdataset_huge  the same with huge pages, which ours have as under
-               `vlp_jax.main` (`vlp_jax/huge_pages.py`)
+               `vlp_jax.main` (`vlp_jax/step_memory.py`)
 
 All share the same pictures. They take turns, round by round, and each uses up
 what it has made ahead before its time is taken. A ratio is taken within each
@@ -48,7 +48,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import open_clip_peer, rounds
-from vlp_jax import huge_pages
+from vlp_jax import step_memory
 
 BATCH, SIZE, PICTURES = 64, 224, 1024
 LEAD = 16  # steps; every contender makes fewer ahead
@@ -286,7 +286,7 @@ def speed(folder: pathlib.Path, options: argparse.Namespace) -> dict:
     if name == "ceiling":
       environ["GLIBC_TUNABLES"] = _KEEP
     elif name != "webdataset":
-      environ = huge_pages.environment(environ) or environ
+      environ = step_memory.environment(environ) or environ
     try:
       return rounds.Worker(__spec__.name, name, environ)
     finally:

@@ -21,7 +21,7 @@ import os
 import pathlib
 
 from benchmarks import open_clip_peer, rounds, train_step
-from vlp_jax import huge_pages
+from vlp_jax import step_memory
 
 METHODS = ("clip", "coca", "sycoca", "albef", "simla", "scl")
 CHUNKS = (1, 4, 16)
@@ -102,7 +102,7 @@ def peaks(options: argparse.Namespace) -> dict[str, int]:
   for name in (*((PEER,) if open_clip_peer.available() else ()), *PEAKS):
     environ = {**os.environ, "JAX_PLATFORMS": "cpu"}
     if name != PEER:
-      environ = huge_pages.environment(environ) or environ
+      environ = step_memory.environment(environ) or environ
     worker = rounds.Worker(__spec__.name, name, environ)
     found[name] = worker.facts["peak"]
     worker.close()

@@ -32,7 +32,7 @@ from benchmarks import rounds
 from benchmarks.scl_release_calls import SclReleaseCalls
 from benchmarks.simla_release_calls import SimlaReleaseCalls
 from vlp_jax import config as config_lib
-from vlp_jax import huge_pages, train_state
+from vlp_jax import step_memory, train_state
 from vlp_jax.methods import base
 from vlp_jax.methods.base import Context
 from vlp_jax.ops import rng
@@ -116,6 +116,7 @@ def main() -> None:
   parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
   options = parser.parse_args()
   if options.worker:
+    step_memory.stay_in_main_thread()
     rounds.serve({}, runner(options.worker, options.time))
     return
   methods = [options.method] if options.method else list(METHODS)
@@ -272,7 +273,7 @@ def seconds(options, names: list[str]) -> dict:
 
   def start(name: str) -> rounds.Worker:
     environ = dict(os.environ)
-    environ = huge_pages.environment(environ) or environ
+    environ = step_memory.environment(environ) or environ
     return rounds.Worker(__spec__.name, name, environ)
 
   _, times = rounds.compare(names, start, options.rounds, options.steps)

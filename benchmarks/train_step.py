@@ -28,7 +28,8 @@ The contenders:
   sycoca_tokens      configs/sycoca.py, mask_stage=tokens
   sycoca_input       configs/sycoca.py, mask_stage=input
 
-Ours have huge pages, as `vlp_jax.main` sees to (`vlp_jax/huge_pages.py`).
+Ours have huge pages and keep them, as `vlp_jax.main` sees to
+(`vlp_jax/step_memory.py`).
 Each has a process of its own, which waits while another one works; they take
 turns, round by round, and a step that does not count goes before each turn's
 (after a rest, memory that a step gave back is slow to come again on some
@@ -50,7 +51,7 @@ import os
 import statistics
 
 from benchmarks import open_clip_peer, rounds
-from vlp_jax import huge_pages
+from vlp_jax import step_memory
 
 SAME = (  # as open_clip's `coca_base`
   "model.activation=gelu",
@@ -143,7 +144,7 @@ def start(device: str, name: str) -> rounds.Worker:
   if device == "cuda":  # all contenders' states are there at once
     environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
   elif name not in (PEER, PEER_COMPILED):
-    environ = huge_pages.environment(environ) or environ
+    environ = step_memory.environment(environ) or environ
   return rounds.Worker(__spec__.name, name, environ)
 
 
@@ -198,6 +199,7 @@ def make_ours(config, devices: int):
   import jax
 
   jax.config.update("jax_num_cpu_devices", devices)
+  step_memory.stay_in_main_thread()
 
   from vlp_jax import chips, flops, optim, sharding, train_state, train_step
   from vlp_jax import config as config_lib

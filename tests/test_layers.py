@@ -33,7 +33,7 @@ ALLOWED = {
   "data": {"ops", "factors"},
   "convert": {"ops", "config"},
   **{name: {"ops", *_INFRASTRUCTURE} for name in _INFRASTRUCTURE},
-  "huge_pages": set(),
+  "step_memory": set(),
   "presets": {"config"},
   "evaluators": {_BASE, "data", "metrics"},
   "train_state": {_BASE, "ops", "data", *_INFRASTRUCTURE},

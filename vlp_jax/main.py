@@ -8,10 +8,10 @@
 
 from collections.abc import Sequence
 
-from vlp_jax import huge_pages, preemption
+from vlp_jax import preemption, step_memory
 
 if __name__ == "__main__":  # before anything is imported, which takes seconds
-  huge_pages.use()
+  step_memory.use()
   preemption.end_on_sigterm()
 
 from vlp_jax import command, hosts, train
@@ -23,6 +23,7 @@ def main(argv: Sequence[str]) -> None:
   config, flags = config_lib.parse_command_line(
     argv, {"workdir": ""}, usage=__doc__
   )
+  step_memory.stay_in_main_thread()
   hosts.initialize()
   command.keep_compiled()
   workdir = flags["workdir"] or f"runs/{config_lib.name_of(flags['config'])}"
