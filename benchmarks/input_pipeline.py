@@ -15,8 +15,8 @@ The contenders:
   webdataset   tar shards through webdataset and torch's DataLoader with as many
                processes, transforms as torchvision's on Pillow, and open_clip's
                tokenizer: what open_clip does
-  webdataset_huge  the same with huge pages, which ours have as under
-               `vlp_jax.main` (`vlp_jax/step_memory.py`)
+  webdataset_huge  the same with huge pages that are kept, which ours have as
+               under `vlp_jax.main` (`vlp_jax/step_memory.py`)
 
 All share the same pictures. They take turns, round by round, and each uses up
 what it has made ahead before its time is taken. A ratio is taken within each

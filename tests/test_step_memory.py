@@ -1,4 +1,4 @@
-"""A command starts itself again, once, and is the same command."""
+"""A command starts itself again, once; what a step gives back is kept."""
 
 import json
 import os
