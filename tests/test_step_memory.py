@@ -73,18 +73,18 @@ if sys.argv[2] == "main":
 
 import jax, jax.numpy as jnp
 
-# 128 MiB that are there twice in between.
+# 128 MiB that a step needs for itself.
 x = jnp.ones((32, 1024, 1024))
-sums = lambda x: jnp.sort(jnp.sin(x)[::-1], axis=0).sum()
+sums = lambda x: jax.lax.optimization_barrier(jnp.sin(x)).sum()
 step = jax.jit(sums).lower(x).compile()
-assert step.memory_analysis().temp_size_in_bytes > 100 * 2**20
+assert step.memory_analysis().temp_size_in_bytes == 2**27
 
 def run(steps):
   for _ in range(steps):
     jax.block_until_ready(step(x))
   return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
-print(-run(3) + run(5))
+print((-run(3) + run(30)) / 30)
 """
 
 
@@ -98,6 +98,8 @@ def test_memory_of_a_step_is_kept(tmp_path, thread):
   found = subprocess.run(
     command, env=environ, capture_output=True, text=True, check=True
   )
-  steps, pages = 5, 2**27 // 4096
-  kept = int(found.stdout) < pages
-  assert kept == (thread == "main"), f"{found.stdout} faults in {steps} steps"
+  faults, pages = float(found.stdout), 2**27 // 4096
+  if thread == "other":
+    assert faults > pages - 100
+  else:  # a small block in its place makes a step take as much once more
+    assert faults < pages / 4
