@@ -68,6 +68,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
   optimizer, schedule = optim.make_optimizer(
     config, total_steps, config_lib.warmup_steps(config, len(source))
   )
+  schedule = jax.jit(schedule)  # or its operations are compiled one by one
   if jax.process_index() == 0:
     config_lib.save(config, workdir / "config.json")
     tokenizer_lib.write_atomically(workdir / "tokenizer.model", tokenizer.model)
@@ -179,7 +180,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
       compiled.add(number)
       with progress.pause("compiling") if first else contextlib.nullcontext():
         state, values = profiler.run(step, step_fns[number], state, batch)
-      log(pending)  # of the step before: the device is never waited for
+      # Of the step before, so that the device is not waited for; but after the
+      # minutes that compiling may take, a step is told as soon as it is done.
+      log(pending)
       name = streams[number].name
       pending = step, name, values | {"bad_records": batches.bad_records[name]}
       due = due_evaluators(config, evaluators, step, total_steps)
@@ -188,7 +191,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
       # parameters, and push out those from before: it is made after the row.
       owed |= is_due(step, config.checkpoint.every_steps, total_steps)
       ending = stopping or step == total_steps
-      if due or owed or ending:
+      if first or due or owed or ending:
         log(pending)
         pending = None
       results = {}
