@@ -26,9 +26,9 @@ def test_attention_is_named_once_and_steps_are_traced_once(capsys):
   state = {"x": jax.device_put(np.ones((1, 3, 2, 4), np.float32), everywhere)}
   step = jax.jit(step, out_shardings=({"x": everywhere}, None))
   streams = [types.SimpleNamespace(config=config)]
-  train.announce_attention([step], state, streams, mesh)
+  (compiling,) = train.begin_to_compile([step], state, streams, mesh)
   assert capsys.readouterr().out == "attention: xla (cpu)\n"
   spec = train_state.batch_spec(config)
   batch = {name: np.zeros(x.shape, x.dtype) for name, x in spec.items()}
-  step(state, sharding.put_batch(batch, mesh))
+  compiling.result()(state, sharding.put_batch(batch, mesh))
   assert traced == [spec["image"].shape]

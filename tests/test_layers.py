@@ -18,7 +18,7 @@ _INFRASTRUCTURE = {
   *("sharding", "optim", "checkpoint", "metrics", "config", "flags", "command"),
   *("factors", "fields", "hosts", "roll_call", "tpu_vm", "libtpu"),
   *("chips", "skips", "throughput", "profiling", "checksums", "quiet"),
-  "preemption",
+  *("preemption", "garbage"),
 }
 _COMMAND_LINE = {"command", "flags"}
 _LOOP = {"train_state", "train_step", "train"}

@@ -8,10 +8,11 @@
 
 from collections.abc import Sequence
 
-from vlp_jax import preemption, step_memory
+from vlp_jax import garbage, preemption, step_memory
 
 if __name__ == "__main__":  # before anything is imported, which takes seconds
   step_memory.use()
+  garbage.ignore()
   preemption.end_on_sigterm()
 
 from vlp_jax import command, hosts, train

@@ -18,6 +18,7 @@ from vlp_jax import (
   chips,
   command,
   flops,
+  garbage,
   hosts,
   metrics,
   optim,
@@ -94,24 +95,22 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     train_step.jit_step(config, one, optimizer, mesh, shardings)
     for one in of_streams
   ]
-  if last is None:
-    with futures.ThreadPoolExecutor(1) as pool:  # compiles beside the tracing
-      making = pool.submit(
-        jax.jit(create, out_shardings=shardings, compiler_options=runs_once())
-      )
-      announce(method, abstract.params, streams, mesh, 0, total_steps)
-      announce_attention(step_fns, abstract, streams, mesh)
-      state, meta = making.result(), {}
-    pictures = functools.partial(pipeline.pictures, source, config)
-    state = train_state.start(method, state, shardings, pictures)
-  else:
+  state, meta = None, {}
+  if last is not None:
     state, meta = checkpoints.restore(abstract)
     check_fingerprint(meta["fingerprint"], fingerprint)
-    # Not `last`, which may be damaged.
-    announce(method, state.params, streams, mesh, int(state.step), total_steps)
-    announce_attention(step_fns, state, streams, mesh)
+  start = 0 if state is None else int(state.step)  # `last` may be damaged
+  announce(method, abstract.params, streams, mesh, start, total_steps)
+  if start < total_steps:
+    compiling = begin_to_compile(step_fns, abstract, streams, mesh)
+  garbage.collect()
+  if state is None:
+    state = jax.jit(
+      create, out_shardings=shardings, compiler_options=runs_once()
+    )()
+    pictures = functools.partial(pipeline.pictures, source, config)
+    state = train_state.start(method, state, shardings, pictures)
   seconds = meta.get("seconds", 0.0)
-  start = int(state.step)
 
   writer = metrics.Writer(workdir, start)
   examples = joint.examples_a_step(streams)
@@ -179,7 +178,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
       first = number not in compiled
       compiled.add(number)
       with progress.pause("compiling") if first else contextlib.nullcontext():
-        state, values = profiler.run(step, step_fns[number], state, batch)
+        step_fn = compiling[number].result()
+        state, values = profiler.run(step, step_fn, state, batch)
       # Of the step before, so that the device is not waited for; but after the
       # minutes that compiling may take, a step is told as soon as it is done.
       log(pending)
@@ -364,24 +364,38 @@ def announce(
   )
 
 
-def announce_attention(
+def begin_to_compile(
   step_fns: Sequence,
   state: train_state.TrainState,
   streams: Sequence[joint.Stream],
   mesh,
-) -> None:
-  """Says what computes attention, and why, in a line for each answer.
+) -> list[futures.Future]:
+  """Traces the steps, and has them compiled in a thread, one after another.
 
-  It traces the steps, which are then not traced again.
+  It says what computes attention, and why, in a line for each answer.
+
+  Args:
+    step_fns: the jitted step of each stream.
+    state: what they take first; shapes and shardings are enough.
+    streams: of the batches that they take.
+    mesh: the mesh.
+
+  Returns:
+    What will be each compiled step.
   """
   rows = jax.NamedSharding(mesh, sharding.BATCH)
+  lowered = []
   with attention.choices() as found:
     for step_fn, stream in zip(step_fns, streams, strict=True):
       spec = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
         for name, x in train_state.batch_spec(stream.config).items()
       }
-      step_fn.eval_shape(state, spec)
+      lowered.append(step_fn.lower(state, spec))
   if jax.process_index() == 0:
     for kernel, reason in found:
       print(f"attention: {kernel} ({reason})")
+  pool = futures.ThreadPoolExecutor(1)
+  compiling = [pool.submit(one.compile) for one in lowered]
+  pool.shutdown(wait=False)  # takes no more; what it has goes on
+  return compiling
