@@ -71,7 +71,7 @@ S16 = (
   *("model.vision.depth=12", "model.text.depth=6", "model.decoder.depth=6"),
   *("model.pooler.width=384", "model.pooler.num_heads=6"),
   *("model.embed_dim=384", "model.text.max_len=76", "tokenizer.max_len=76"),
-  "tokenizer.vocab_size=32000",
+  *("tokenizer.vocab_size=32000", "cpu_optimization_level=3"),
 )
 # What saves memory that is there, at a price.
 ROOMY = ("model.remat=dots", "method.caption_chunk=0", "method.itc_chunk=0")

@@ -213,6 +213,8 @@ def test_mesh_shape():
     ("total_steps=0", r"exactly one of .*\(set: none\)"),
     ("total_steps=-1", "total_steps is -1"),
     ("optimizer.b2=1.0", r"optimizer.b2 is 1.0, not in \[0, 1\)"),
+    ("cpu_optimization_level=4", "level is 4, but must be 0 to 3"),
+    ("cpu_optimization_level=-1", "level is -1, but must be >= 0"),
     ("mesh.data=3", "does not make 8 devices"),
     ("profile=15:10", "profile is '15:10', but must be FIRST:LAST"),
     ("model.image.num_heads=5", "image.width=64 is not a multiple of"),
@@ -251,6 +253,7 @@ def test_configs_of_before_a_field_was_there(file):
   for field in ("start_factor", "stairs", "warmup_stairs"):
     del older["schedule"][field]
   del older["profile"]
+  del older["cpu_optimization_level"]
   del older["model"]["attention"]
   again = config_lib.from_json(json.dumps(older))
   assert config_lib.diff(config, again) == []

@@ -65,6 +65,22 @@ def test_steps_on_cpus_take_whole_vectors_and_little_memory():
   assert memory.temp_size_in_bytes < usually.temp_size_in_bytes
 
 
+@pytest.mark.parametrize("level", (1, 3))
+def test_steps_on_cpus_are_optimized_as_the_config_says(level):
+  config = toys.config("clip", f"cpu_optimization_level={level}")
+  optimizer = skips.skip_nonfinite(optax.sgd(0.1))
+  state = _start(optimizer, toys.params("clip"))
+  mesh = _mesh()
+  shardings = sharding.shardings_for(state, mesh)
+  batch = sharding.put_batch(_batch(), mesh)
+  step = train_step.jit_step(
+    config, toys.method("clip"), optimizer, mesh, shardings
+  )
+  said = step.lower(state, batch).compile().runtime_executable().serialize()
+  name = b"xla_backend_optimization_level"
+  assert said.split(name)[1].startswith(b"\x12\x02\x18" + bytes([level]))
+
+
 # --- Every method, every mesh, every number of chunks -----------------------
 
 METHODS = {

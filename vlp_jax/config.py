@@ -249,6 +249,11 @@ def validate(
       "set exactly one of config.total_steps, config.total_epochs and "
       f"config.total_examples (set: {', '.join(lengths) or 'none'})"
     )
+  if config.cpu_optimization_level > 3:
+    raise UserError(
+      f"config.cpu_optimization_level is {config.cpu_optimization_level}, but "
+      "must be 0 to 3"
+    )
   profiling.parse(config.profile)
   data, fsdp, _ = mesh_shape(config, num_devices)
   # A chunk takes an equal part of each device's rows. In one piece, groups may

@@ -84,6 +84,9 @@ def default_config() -> ConfigDict:
       ),
       ema=dict(decay=0.0),  # 0 = no average, unless the method needs one
       accumulate=1,
+      # LLVM's, 0 to 3, where a step runs on a CPU: with few passes it compiles
+      # sooner, and that of a small model is as fast.
+      cpu_optimization_level=3,
       mesh=dict(data=-1, fsdp=1, tensor=1),  # -1 = all remaining devices
       checkpoint=dict(
         every_steps=1000,  # 0 = only at the end

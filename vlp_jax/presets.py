@@ -25,6 +25,7 @@ def tiny(config: ConfigDict) -> None:
   """Minutes on two cores, on the embedded scenes."""
   config.batch_size = 64
   config.total_steps = 1200
+  config.cpu_optimization_level = 1
   config.tokenizer.update(vocab_size=192, max_len=28)
   config.model = ConfigDict(
     dict(

@@ -122,7 +122,7 @@ def jit_step(
   """Returns the step of a run, jitted; it donates the state.
 
   Args:
-    config: of the run: `accumulate` and `ema`.
+    config: of the run: `accumulate`, `ema` and `cpu_optimization_level`.
     method: the method.
     optimizer: of `optim.make_optimizer`.
     mesh: the mesh.
@@ -135,12 +135,16 @@ def jit_step(
     mesh=mesh,
     ema_decay=config.ema.decay,
   )
+  options = {
+    **_CPU_OPTIONS,
+    "xla_backend_optimization_level": config.cpu_optimization_level,
+  }
   on_cpu = mesh.devices.flat[0].platform == "cpu"
   return jax.jit(
     step,
     donate_argnums=0,
     out_shardings=(shardings, None),
-    compiler_options=_CPU_OPTIONS if on_cpu else None,
+    compiler_options=options if on_cpu else None,
   )
 
 
